@@ -1,0 +1,7 @@
+"""`sparkray chat`."""
+
+from __future__ import annotations
+
+
+def chat() -> None:
+    """."""

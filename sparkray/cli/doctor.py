@@ -1,0 +1,7 @@
+"""`sparkray doctor`."""
+
+from __future__ import annotations
+
+
+def doctor() -> None:
+    """."""

@@ -1,0 +1,58 @@
+"""`sparkray NOUN VERB`: joins the nouns and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from sparkray import __version__
+from sparkray.cli import chat, doctor, models, serve
+from sparkray.errors import EXIT_INTERRUPTED, SparkrayError, exit_code
+
+app = typer.Typer(
+    name="sparkray",
+    help="Serve, search, hand off, train, distil, prune and prove compute on a few DGX Sparks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(serve.app, name="serve")
+app.add_typer(models.app, name="models")
+app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Entry point: runs the command line and exits with the code that the error table gives."""
+    from sparkray.telemetry.logs import configure_logging
+
+    configure_logging()
+    try:
+        app(standalone_mode=True)
+    except SparkrayError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

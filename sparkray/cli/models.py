@@ -1,0 +1,11 @@
+"""`sparkray models`."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="models")
+
+
+@app.callback()
+def _root() -> None: ...
