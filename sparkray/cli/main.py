@@ -8,7 +8,7 @@ import sys
 import typer
 
 from sparkray import __version__
-from sparkray.cli import chat, doctor, models, serve
+from sparkray.cli import chat, cluster, doctor, models, serve
 from sparkray.errors import EXIT_INTERRUPTED, SparkrayError, exit_code
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(serve.app, name="serve")
 app.add_typer(models.app, name="models")
 app.command("chat")(chat.chat)
