@@ -52,7 +52,10 @@ def download_snapshot(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES), cache_dir=hub_cache()))
+        folder = snapshot_download(
+            hub_id, allow_patterns=list(_FILES), cache_dir=hub_cache(), local_files_only=is_offline()
+        )
+        return Path(folder)
     except RepositoryNotFoundError as failure:
         raise NotFoundError(
             f"the hub has no model {hub_id!r}, or it is gated and no permission was given.",
