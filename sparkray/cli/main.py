@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
 from sparkray import __version__
-from sparkray.cli import chat, cluster, doctor, models, serve
+from sparkray.cli import chat, demo, doctor, models, serve
 from sparkray.errors import EXIT_INTERRUPTED, SparkrayError, exit_code
 
 app = typer.Typer(
@@ -18,10 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(cluster.app, name="cluster")
 app.add_typer(serve.app, name="serve")
-app.add_typer(models.app, name="models")
 app.command("chat")(chat.chat)
+app.command("demo")(demo.demo)
+app.add_typer(models.app, name="models")
 app.command("doctor")(doctor.doctor)
 
 
@@ -40,13 +43,19 @@ def _root(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _interrupt(_: int, __: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: runs the command line and exits with the code that the error table gives."""
     from sparkray.telemetry.logs import configure_logging
 
     configure_logging()
+    # What Ctrl-C cleans up, an ordinary kill cleans up too.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=True)
+        app()
     except SparkrayError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(exit_code(error))

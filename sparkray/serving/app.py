@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from sparkray.config.serve import EngineConfig, ServeConfig
@@ -28,7 +27,6 @@ def llm_config_values(
         "engine_kwargs": engine_kwargs(config.engine, on_cpu=on_cpu),
         "deployment_config": deployment_options(config),
         "experimental_configs": {METIS_KEY: config.metis.model_dump(), "stream_batching_interval_ms": 0},
-        "runtime_env": {"env_vars": environment(config.engine, on_cpu=on_cpu)},
     }
     if on_cpu:
         values["accelerator_config"] = {"kind": "cpu"}
@@ -54,18 +52,12 @@ def engine_kwargs(engine: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "num_gpu_blocks_override": engine.num_gpu_blocks_override,
     }
     kwargs.update({key: value for key, value in optional.items() if value is not None})
-    if not on_cpu:
+    if on_cpu:
+        kwargs["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+    else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
     kwargs.update(engine.extra)
     return kwargs
-
-
-def environment(engine: EngineConfig, *, on_cpu: bool) -> dict[str, str]:
-    """Variables that the engine reads from its environment only."""
-    if not on_cpu:
-        return {}
-    # vLLM reads whole GiB.
-    return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(engine.kv_cache_gib)))}
 
 
 def deployment_options(config: ServeConfig) -> dict[str, Any]:
