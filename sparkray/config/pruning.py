@@ -1,0 +1,100 @@
+"""Settings of expert pruning: what is watched, what is cut, and what a cut model must still do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sparkray.config.base import Settings
+
+CriterionName = Literal[
+    "reap",
+    "reap_l2",
+    "contribution",
+    "frequency",
+    "ean_sum",
+    "ean_mean",
+    "man",
+    "msan",
+    "weighted_ean_sum",
+    "weighted_ean_sum_l2",
+    "weighted_frequency_sum",
+    "max_activations",
+    "random",
+]
+GateSource = Literal["model", "upstream"]
+PlacementName = Literal["auto", "resident", "streaming"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LongTextRule = Literal["refuse", "truncate", "split"]
+ProtectRule = Literal["none", "super", "outliers"]
+
+
+class CalibrationConfig(Settings):
+    """How a calibration set is read and cut into sequences."""
+
+    max_sequence_tokens: int = Field(2048, ge=2, le=1_048_576, description="Longest sequence that is watched.")
+    long_text: LongTextRule = Field("refuse", description="What happens to a text longer than that.")
+    num_samples: int | None = Field(None, ge=1, description="Rows drawn from the set; all of them when unset.")
+    seed: int = Field(42, ge=0, description="Seed of the draw, and part of the directory's name.")
+
+
+class ObserveConfig(Settings):
+    """How the forward passes over the calibration set are run."""
+
+    gate_source: GateSource = Field("model", description="`upstream` takes softmax gates of the raw router logits.")
+    renormalize_upstream: bool | None = Field(
+        None, description="With upstream gates: renormalise over the top-k; unset follows config.norm_topk_prob."
+    )
+    dtype: DtypeName = Field("auto", description="Type of the forward; `auto` is the checkpoint's own.")
+    placement: PlacementName = Field("auto", description="`streaming` holds one layer in memory.")
+    resident_share: float = Field(
+        0.7, gt=0, le=1, description="Share of available memory that a resident model may take under `auto`."
+    )
+    micro_batch_sequences: int = Field(4, ge=1, le=4096, description="Sequences in one forward pass.")
+    shard_sequences: int = Field(64, ge=1, le=1_048_576, description="Sequences in one shard of partial sums.")
+    streamed_hidden_gb: float = Field(
+        2.0, gt=0, description="Hidden states held while streaming, in GB; more means fewer reads of the checkpoint."
+    )
+    device: str = Field("cpu", description="torch device of the forward.")
+
+
+class PlanConfig(Settings):
+    """What is cut. Exactly one of ratio, num_experts and target_gb is given."""
+
+    criterion: CriterionName = Field("reap", description="Score of an expert; the lowest are cut.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the experts of a layer to cut.")
+    num_experts: int | None = Field(None, ge=1, description="Experts of a layer to keep.")
+    target_gb: float | None = Field(None, gt=0, description="Size of the checkpoint to reach, in GB of 1e9 bytes.")
+    protect: ProtectRule = Field("none", description="Experts with outlying activations that are never cut.")
+    multiple_of: int = Field(1, ge=1, description="Kept experts are a multiple of this (expert parallelism).")
+    seed: int = Field(42, ge=0, description="Seed of `random` and of the stability estimate.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> PlanConfig:
+        given = [name for name in ("ratio", "num_experts", "target_gb") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of ratio, num_experts and target_gb is expected, and {given or 'none'} was given"
+            )
+        return self
+
+
+class ValidateConfig(Settings):
+    """Bounds that a pruned checkpoint must keep; an unset bound is reported and not enforced."""
+
+    max_perplexity_ratio: float | None = Field(None, gt=0, description="Perplexity after over before.")
+    max_token_kl: float | None = Field(None, ge=0, description="Mean KL(before || after) a token, in nats.")
+    min_top1_agreement: float | None = Field(None, ge=0, le=1, description="Share of tokens with the same argmax.")
+    dtype: DtypeName = Field("auto", description="Type of both forwards.")
+    micro_batch_sequences: int = Field(4, ge=1, le=4096, description="Sequences in one forward pass.")
+    device: str = Field("cpu", description="torch device of both forwards.")
+
+
+class PruneConfig(Settings):
+    """One prune from checkpoint to checked checkpoint."""
+
+    calibration: CalibrationConfig = Field(default_factory=CalibrationConfig, description="The calibration set.")
+    observe: ObserveConfig = Field(default_factory=ObserveConfig, description="The forward passes.")
+    plan: PlanConfig = Field(default_factory=lambda: PlanConfig(ratio=0.25), description="What is cut.")
+    check: ValidateConfig = Field(default_factory=ValidateConfig, description="What must still hold.")
