@@ -1,0 +1,60 @@
+"""Processes are known by their mark: ours are ended, orphans too, others never."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from sparkray.cluster.processes import end_marked, free_port, is_alive, marked, port_is_free, spawn
+
+# A child that ignores TERM, under a parent that exits at once: an orphan that only the mark names.
+ORPHAN = """
+import subprocess, sys
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+def test_a_stubborn_orphan_is_ended_and_a_bystander_is_not(tmp_path: Path) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    mark = f"test-{os.getpid()}-{time.time_ns()}"
+    log = tmp_path / "log"
+    try:
+        parent = spawn([sys.executable, "-c", ORPHAN], mark=mark, env={}, log_path=log)
+        wait_for(lambda: log.exists() and "up" in log.read_text())
+        wait_for(lambda: not is_alive(parent, mark))
+        assert len(marked(mark)) == 1
+        assert end_marked(mark, first=parent, patience_seconds=1.5) == 1
+        assert marked(mark) == []
+        assert psutil.pid_exists(bystander.pid)
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_pid_without_the_mark_is_not_ours() -> None:
+    assert not is_alive(os.getpid(), "nobody")
+
+
+def test_a_bound_port_is_not_free() -> None:
+    import socket
+
+    port = free_port()
+    assert port_is_free(port)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        assert not port_is_free(port)
