@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from sparkray import __version__
-from sparkray.cli import chat, demo, doctor, models, prune, serve
+from sparkray.cli import chat, cluster, demo, doctor, models, poc, prune, serve
 from sparkray.errors import EXIT_INTERRUPTED, SparkrayError, exit_code
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(serve.app, name="serve")
 app.command("chat")(chat.chat)
+app.add_typer(cluster.app, name="cluster")
 app.command("demo")(demo.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(poc.app, name="poc")
