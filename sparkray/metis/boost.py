@@ -72,8 +72,13 @@ class BoostTable:
         self.careful_K = self._ids(_careful_ids(tokenizer))
 
     def ends_sentence(self, token_ids_B: Tensor) -> Tensor:
-        """bool, whether each token's text ends a sentence or a line; int64 ids of this tokenizer."""
-        return self._sentence_ends.index_select(0, token_ids_B)
+        """bool, whether each token's text ends a sentence or a line; int64 ids.
+
+        An id without a text (-1 for no token yet; the padding of a model's vocabulary) ends none.
+        """
+        ends = self._sentence_ends
+        has_text_B = (token_ids_B >= 0) & (token_ids_B < len(ends))
+        return has_text_B & ends.index_select(0, torch.where(has_text_B, token_ids_B, 0))
 
     @cached_property
     def _sentence_ends(self) -> Tensor:
