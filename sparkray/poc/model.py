@@ -1,0 +1,98 @@
+"""The transformer that a nonce is sent through, as one function of its weights.
+
+Only the last position's logits count, so the last block's queries, output projection and feed-forward, the final
+norm and the head are computed for that position alone.
+
+Shapes: B nonces, S positions, D dim, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from sparkray.config.poc import ModelParams
+from sparkray.poc.rope import rope_table, rotate
+
+ReadWeight = Callable[[str], torch.Tensor]
+
+
+class Transformer:
+    """The forward pass for one set of weights.
+
+    Args:
+        params: the model's shape.
+        read_weight: gives a parameter by name, shaped, on `device`; it is cast to `dtype` where it differs, so
+            float16 storage can serve a float32 computation layer by layer.
+        device: where to compute.
+        dtype: float16 as on the network (norm, rotation and softmax in float32), or float32.
+    """
+
+    def __init__(self, params: ModelParams, read_weight: ReadWeight, device: torch.device, dtype: torch.dtype) -> None:
+        self.params = params
+        self.device = device
+        self.dtype = dtype
+        self._read_weight = read_weight
+        cos_SP, sin_SP = rope_table(params)
+        self._cos_SP, self._sin_SP = cos_SP.to(device), sin_SP.to(device)
+
+    @torch.inference_mode()
+    def last_logits(self, inputs_BSD: torch.Tensor, layers: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits of the last position, (B, V) float32.
+
+        Args:
+            inputs_BSD: float16-rounded inputs on the device.
+            layers: the blocks to run, in order; None runs all. Fewer is the shortcut that a fraud would take.
+        """
+        chosen = range(self.params.n_layers) if layers is None else layers
+        hidden_BSD = inputs_BSD.to(self.dtype)
+        for position, layer in enumerate(chosen):
+            hidden_BSD = self._block(hidden_BSD, layer, last_only=position == len(chosen) - 1)
+        last_BD = self._norm(hidden_BSD[:, -1], "norm.weight")
+        return functional.linear(last_BD, self._weight("output.weight")).float()
+
+    def _block(self, hidden_BSD: torch.Tensor, layer: int, *, last_only: bool) -> torch.Tensor:
+        prefix = f"layers.{layer}"
+        normed_BSD = self._norm(hidden_BSD, f"{prefix}.attention_norm.weight")
+        if last_only:
+            hidden_BSD = hidden_BSD[:, -1:]
+        hidden_BSD = hidden_BSD + self._attention(normed_BSD, f"{prefix}.attention", last_only=last_only)
+        normed_BSD = self._norm(hidden_BSD, f"{prefix}.ffn_norm.weight")
+        return hidden_BSD + self._feed_forward(normed_BSD, f"{prefix}.feed_forward")
+
+    def _attention(self, normed_BSD: torch.Tensor, prefix: str, *, last_only: bool) -> torch.Tensor:
+        p = self.params
+        asking_BSD = normed_BSD[:, -1:] if last_only else normed_BSD
+        queries = self._heads(asking_BSD, f"{prefix}.wq.weight", p.n_heads)
+        keys = self._heads(normed_BSD, f"{prefix}.wk.weight", p.n_kv_heads)
+        values = self._heads(normed_BSD, f"{prefix}.wv.weight", p.n_kv_heads)
+        first = p.seq_len - asking_BSD.shape[1]
+        queries = rotate(queries, self._cos_SP[first:], self._sin_SP[first:])
+        keys = rotate(keys, self._cos_SP, self._sin_SP)
+        mixed_BHSD = functional.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            is_causal=not last_only,
+            enable_gqa=p.n_heads != p.n_kv_heads,
+        )
+        return functional.linear(mixed_BHSD.transpose(1, 2).flatten(2), self._weight(f"{prefix}.wo.weight"))
+
+    def _heads(self, normed_BSD: torch.Tensor, name: str, num_heads: int) -> torch.Tensor:
+        projected = functional.linear(normed_BSD, self._weight(name))
+        return projected.view(*normed_BSD.shape[:2], num_heads, self.params.head_dim)
+
+    def _feed_forward(self, normed_BSD: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate = functional.silu(functional.linear(normed_BSD, self._weight(f"{prefix}.w1.weight")), inplace=True)
+        gate.mul_(functional.linear(normed_BSD, self._weight(f"{prefix}.w3.weight")))
+        return functional.linear(gate, self._weight(f"{prefix}.w2.weight"))
+
+    def _norm(self, hidden_XD: torch.Tensor, name: str) -> torch.Tensor:
+        full = hidden_XD.float()
+        scale = torch.rsqrt(full.square().mean(-1, keepdim=True) + self.params.norm_eps)
+        return (full * scale).to(self.dtype) * self._weight(name)
+
+    def _weight(self, name: str) -> torch.Tensor:
+        return self._read_weight(name).to(self.dtype)
