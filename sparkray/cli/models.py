@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
+from sparkray.cli.options import JsonFlag
+
 app = typer.Typer(no_args_is_help=True, help="Find models and make them ready: `embedded`, a directory or a hub id.")
 
 _Name = Annotated[str, typer.Argument(help="`embedded`, a local directory or a hub id.")]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command("list")
-def list_verb(json: _Json = False) -> None:
+def list_verb(json: JsonFlag = False) -> None:
     """List the models that need no download."""
     from sparkray.models import list_models, ready_path
     from sparkray.telemetry.console import print_json
@@ -38,7 +39,7 @@ def list_verb(json: _Json = False) -> None:
 
 
 @app.command()
-def prepare(name: _Name = "embedded", json: _Json = False) -> None:
+def prepare(name: _Name = "embedded", json: JsonFlag = False) -> None:
     """Make a model ready to load and print its folder."""
     from sparkray.models import prepare_model, resolve_model
     from sparkray.telemetry.console import print_json
@@ -52,7 +53,7 @@ def prepare(name: _Name = "embedded", json: _Json = False) -> None:
 
 
 @app.command()
-def where(name: _Name = "embedded", json: _Json = False) -> None:
+def where(name: _Name = "embedded", json: JsonFlag = False) -> None:
     """Print the folder of a model that is ready; nothing is fetched or written."""
     from sparkray.errors import NotFoundError
     from sparkray.models import ready_path, resolve_model

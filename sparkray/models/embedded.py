@@ -65,7 +65,7 @@ def prepare_embedded() -> Path:
     source = gguf_path()
     for module in ("gguf", "tokenizers"):
         if find_spec(module) is None:
-            raise MissingExtraError.for_module(module, "cpu")
+            raise MissingExtraError.for_module(module, "embedded")
     from sparkray.models.convert import convert_gguf
 
     return ensure_folder(embedded_path(), source, partial(convert_gguf, source))
