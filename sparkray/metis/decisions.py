@@ -147,6 +147,7 @@ class Moments:
     def __init__(self, size: int) -> None:
         self._values: deque[float] = deque(maxlen=size)
         self._sums = [0.0, 0.0, 0.0, 0.0]
+        self._shape_now: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self._values)
@@ -156,6 +157,7 @@ class Moments:
             self._add(self._values[0], -1.0)
         self._values.append(value)
         self._add(value, 1.0)
+        self._shape_now = None
 
     def _add(self, value: float, sign: float) -> None:
         power = sign
@@ -177,12 +179,14 @@ class Moments:
         return math.sqrt(variance) if variance > 1e-10 else 0.01
 
     def quantile_z(self, z: float) -> float:
-        """The normal quantile `z` bent to the window's skewness and kurtosis (Cornish-Fisher, both held to +-2)."""
-        skewness, kurtosis = (max(-2.0, min(2.0, shape)) for shape in self._shape())
+        """The normal quantile `z` bent to the window's skewness and kurtosis (Cornish-Fisher)."""
+        if self._shape_now is None:
+            self._shape_now = self._shape()
+        skewness, kurtosis = self._shape_now
         return z + (z**2 - 1) * skewness / 6 + (z**3 - 3 * z) * kurtosis / 24
 
     def _shape(self) -> tuple[float, float]:
-        """Bias-corrected skewness and excess kurtosis; 0 where they are not defined."""
+        """Bias-corrected skewness and excess kurtosis, held to +-2; 0 where they are not defined."""
         num, mean = len(self._values), self.mean
         first, second, third, fourth = (total / num for total in self._sums)
         variance = second - mean**2
@@ -192,4 +196,4 @@ class Moments:
         central4 = fourth - 4 * mean * third + 6 * mean**2 * second - 4 * mean**3 * first + mean**4
         skewness = central3 / variance**1.5 * math.sqrt(num * (num - 1)) / (num - 2)
         kurtosis = ((num + 1) * (central4 / variance**2 - 3.0) + 6) * (num - 1) / ((num - 2) * (num - 3))
-        return skewness, kurtosis
+        return max(-2.0, min(2.0, skewness)), max(-2.0, min(2.0, kurtosis))
