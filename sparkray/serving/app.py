@@ -6,7 +6,6 @@ from typing import Any
 
 from sparkray.config.serve import EngineConfig, ServeConfig
 
-PROCESSOR = "sparkray.metis.vllm_processor:MetisLogitsProcessor"
 METIS_KEY = "sparkray_metis"
 
 
@@ -44,7 +43,6 @@ def engine_kwargs(engine: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "enforce_eager": engine.enforce_eager,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
-        "logits_processors": [PROCESSOR],
     }
     optional = {
         "quantization": engine.quantization,

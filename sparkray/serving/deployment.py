@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+from prometheus_client import REGISTRY, generate_latest
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, LLMServer
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from sparkray.cluster.metrics_bridge import observe_trace, set_active_traces
 from sparkray.config.metis import MetisConfig
 from sparkray.config.serve import ServeConfig
-from sparkray.metis.vllm_engine import WatchedEngine
+from sparkray.errors import NotFoundError
+from sparkray.metis.store import TraceEntry
+from sparkray.metis.vllm_engine import WatchedEngine, prepare
 from sparkray.models import resolve_model
 from sparkray.serving.app import METIS_KEY, llm_config_values
 from sparkray.serving.ingress import build_ingress
+from sparkray.serving.trace_json import trace_json, update_of
 
 
 class WatchedVLLMEngine(VLLMEngine):
-    """Ray's vLLM engine whose client records a trace of every watched request."""
+    """Ray's vLLM engine whose client keeps a trace of every watched request."""
 
-    def __init__(self, llm_config: LLMConfig) -> None:
-        metis = MetisConfig.model_validate(llm_config.experimental_configs[METIS_KEY])
-        self.watcher = WatchedEngine(
-            metis,
-            max_num_seqs=llm_config.engine_kwargs["max_num_seqs"],
-            on_finish=observe_trace,
-            on_active=set_active_traces,
-        )
-        # Every replica has a trace memory of its own, so its path is known here and not in the settings.
-        llm_config.engine_kwargs.setdefault("additional_config", {}).update(self.watcher.additional_config())
-        # vLLM lets this older variable override the size that the settings give.
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-        super().__init__(llm_config)
+    watched: WatchedEngine
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
-        client = super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
-        self.watcher.attach(client)
-        return self.watcher
+        metis = MetisConfig.model_validate(self.llm_config.experimental_configs[METIS_KEY])
+        vllm_engine_config.parallel_config.placement_group = placement_group
+        arena = prepare(vllm_engine_config, metis)
+        engine = AsyncLLM(
+            vllm_config=vllm_engine_config,
+            executor_class=Executor.get_class(vllm_engine_config),
+            log_requests=vllm_engine_args.enable_log_requests,
+            log_stats=True,
+            # Ray's logger feeds the cluster's metrics every ten seconds, the other one our /metrics at once.
+            stat_loggers=[RayPrometheusStatLogger, PrometheusStatLogger],
+        )
+        self.watched = WatchedEngine(engine, arena, metis, on_finish=self._count)
+        return self.watched
+
+    def _count(self, entry: TraceEntry) -> None:
+        observe_trace(entry, model=self.llm_config.model_id)
+        set_active_traces(self.watched.num_active_traces)
 
 
 class MetisLLMServer(LLMServer):
@@ -49,21 +60,31 @@ class MetisLLMServer(LLMServer):
 
     _default_engine_cls = WatchedVLLMEngine
 
+    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]
+        # vLLM lets this older variable override the size that the settings give.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        await super().__init__(llm_config, **kwargs)
+
     @property
-    def _watcher(self) -> WatchedEngine:
+    def _watched(self) -> WatchedEngine:
         engine = self.engine
         assert isinstance(engine, WatchedVLLMEngine)
-        return engine.watcher
+        return engine.watched
 
     async def metis_trace(self, request_id: str) -> tuple[str, dict[str, Any] | None]:
         """This replica's id and its trace of the request, or None where another replica has it."""
-        return _replica_id(), self._watcher.trace(request_id)
+        entry = self._find(request_id)
+        return _replica_id(), None if entry is None else trace_json(entry, self._decode())
 
     async def metis_trace_update(
         self, request_id: str, start: int, wait_seconds: float
     ) -> tuple[str, dict[str, Any] | None]:
         """Tokens of the request from `start` on, waiting up to `wait_seconds` for the first of them."""
-        return _replica_id(), await self._watcher.trace_update(request_id, start, wait_seconds)
+        entry = self._find(request_id)
+        if entry is None:
+            return _replica_id(), None
+        await entry.wait(start, wait_seconds)
+        return _replica_id(), update_of(entry, start, self._decode())
 
     async def metis_health(self) -> tuple[str, str]:
         """`ok`, or why the engine cannot answer."""
@@ -74,8 +95,18 @@ class MetisLLMServer(LLMServer):
         return _replica_id(), "ok"
 
     async def metis_metrics(self) -> tuple[str, str]:
-        """Prometheus exposition of this replica."""
-        return _replica_id(), self._watcher.exposition()
+        """Prometheus exposition of this replica, as of now."""
+        return _replica_id(), generate_latest(REGISTRY).decode()
+
+    def _find(self, request_id: str) -> TraceEntry | None:
+        try:
+            return self._watched.traces.get(request_id)
+        except NotFoundError:
+            return None
+
+    def _decode(self) -> Callable[[list[int]], str]:
+        tokenizer = self._watched.get_tokenizer()
+        return lambda token_ids: str(tokenizer.decode(token_ids))
 
 
 def _replica_id() -> str:
@@ -86,7 +117,8 @@ def build_app(config: ServeConfig, *, on_cpu: bool) -> Application:
     """The Serve application: an ingress over the replicas of one model."""
     source = resolve_model(config.model)
     model_id = config.model_id or source.model_id
-    llm_config = LLMConfig(**llm_config_values(config, model_path=source.path_or_id, model_id=model_id, on_cpu=on_cpu))
+    values = llm_config_values(config, model_path=source.path_or_id, model_id=model_id, on_cpu=on_cpu)
+    llm_config = LLMConfig(**values)
     server = build_llm_deployment(llm_config, name_prefix="LLM:", deployment_cls=MetisLLMServer)
     ingress = build_ingress(max_body_bytes=config.max_body_bytes, max_json_depth=config.max_json_depth)
     options = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -49,7 +50,24 @@ async def _of_http(_: Request, error: Exception) -> Response:
 
 async def _of_validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    finding = error.errors()[0]
+    param, message = explain(error.errors())
+    return error_response(400, message, param=param, code="invalid_input")
+
+
+def explain(findings: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The field at fault and one sentence about it, of pydantic's findings.
+
+    A field that may have several types gives a finding for each, told apart by the last part of its location;
+    together they say what is accepted.
+    """
+    first = findings[0]
+    same = [finding for finding in findings if finding["loc"][:-1] == first["loc"][:-1]]
+    location = first["loc"][:-1] if len(same) > 1 else first["loc"]
     # The location starts with `body`, which a client does not write.
-    param = ".".join(str(part) for part in finding["loc"][1:]) or "body"
-    return error_response(400, f"{param}: {finding['msg']}.", param=param, code="invalid_input")
+    param = ".".join(str(part) for part in location[1:]) or "body"
+    reasons = dict.fromkeys(str(finding["msg"]).removeprefix("Input should be ") for finding in same)
+    expected = " or ".join(reasons)
+    given = str(first.get("input"))[:200]
+    if first["type"] == "missing":
+        return param, f"{param} is missing, and it is required."
+    return param, f"{param}: {given!r} was given, and it should be {expected}."

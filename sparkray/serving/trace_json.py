@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sparkray.metis.fields import TOKEN_FIELDS, Action
 from sparkray.metis.store import TraceEntry
+from sparkray.metis.trace import CognitiveTrace
 
 MAX_ROWS = 512
 
@@ -47,5 +48,30 @@ def update_of(entry: TraceEntry, start: int, decode: Callable[[list[int]], str])
         "tokens": rows,
         "finished": last,
         "finish_reason": entry.finish_reason if last else None,
+        "note": entry.note,
+    }
+
+
+def trace_json(entry: TraceEntry, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The whole trace of a request, or what there is of it so far.
+
+    Beside the keys of `CognitiveTrace.to_dict`: `finished`, `finish_reason`, `detector`, `num_prompt_tokens`,
+    `truncated` (the request is longer than its record) and `note` (why something is missing, or null).
+    """
+    tokens_TF = entry.tokens()
+    token_ids = entry.token_ids[: len(tokens_TF)]
+    trace = CognitiveTrace.from_tokens(
+        tokens_TF[: len(token_ids)],
+        token_ids=token_ids,
+        texts=[decode([token_id]) for token_id in token_ids],
+        request_id=entry.request_id,
+    )
+    return {
+        **trace.to_dict(),
+        "finished": entry.finished,
+        "finish_reason": entry.finish_reason,
+        "detector": None if entry.options is None else entry.options.detector,
+        "num_prompt_tokens": entry.num_prompt_tokens,
+        "truncated": entry.truncated,
         "note": entry.note,
     }

@@ -34,3 +34,13 @@ def configure_logging(level: str | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel((level or os.environ.get("SPARKRAY_LOG_LEVEL", "WARNING")).upper())
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' own records off a command's stderr, unless SPARKRAY_LOG_LEVEL asks for records.
+
+    Ray Serve and vLLM install handlers on the root logger when they are imported, so their levels cannot be set
+    ahead of time.
+    """
+    if "SPARKRAY_LOG_LEVEL" not in os.environ:
+        logging.disable(logging.WARNING)
