@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-from types import FrameType
-from typing import NoReturn
 
 import typer
 
 from sparkray import __version__
 from sparkray.cli import chat, cluster, demo, doctor, models, poc, prune, serve
-from sparkray.errors import EXIT_INTERRUPTED, SparkrayError, exit_code
+from sparkray.cli.entry import run_guarded
 
 app = typer.Typer(
     name="sparkray",
@@ -46,25 +42,12 @@ def _root(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _interrupt(_: int, __: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point: runs the command line and exits with the code that the error table gives."""
-    from sparkray.telemetry.logs import configure_logging
+    from sparkray.telemetry.logs import silence_libraries
 
-    configure_logging()
-    # What Ctrl-C cleans up, an ordinary kill cleans up too.
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app()
-    except SparkrayError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(exit_code(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(EXIT_INTERRUPTED)
+    silence_libraries()
+    run_guarded(app)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,12 @@ def set_active_traces(num_active: int) -> None:
         _metric(metrics.ACTIVE_TRACES).set(num_active)
 
 
+def observe_finish(trace: FinishedTrace, num_active: int, *, model: str = "") -> None:
+    """Both at once, as the hook of an engine that tells how many requests still run."""
+    observe_trace(trace, model=model)
+    set_active_traces(num_active)
+
+
 def _add(definition: metrics.MetricDefinition, amount: float, tags: dict[str, str]) -> None:
     if amount > 0:  # Ray refuses to count up by nothing
         _metric(definition).inc(amount, tags)

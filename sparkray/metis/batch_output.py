@@ -12,8 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -127,7 +126,7 @@ class PartWriter:
         self.folder = folder
         self._rows_per_part = rows_per_part
         self._part_seconds = part_seconds
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[str, Any]] = []
         self._oldest = 0.0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,7 @@ class PartWriter:
                 )
         return [prompt for prompt in prompts if prompt.id not in self.done]
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """Take a row, and write a part where it is time."""
         if not self._rows:
             self._oldest = time.monotonic()
@@ -186,13 +185,8 @@ class PartWriter:
         self.done.update((row["id"], row["digest"]) for row in self._rows)
         self._rows.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Whatever ended the run: what came back from the engines is kept.
+    def close(self) -> None:
+        """Write what waits, and let another run have the folder."""
         try:
             self.flush()
         finally:
