@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,7 +60,7 @@ class ObserveConfig(Settings):
 
 
 class PlanConfig(Settings):
-    """What is cut. Exactly one of ratio, num_experts and target_gb is given."""
+    """What is cut. At most one of ratio, num_experts and target_gb is given; without any, a quarter is cut."""
 
     criterion: CriterionName = Field("reap", description="Score of an expert; the lowest are cut.")
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the experts of a layer to cut.")
@@ -70,14 +70,15 @@ class PlanConfig(Settings):
     multiple_of: int = Field(1, ge=1, description="Kept experts are a multiple of this (expert parallelism).")
     seed: int = Field(42, ge=0, description="Seed of `random` and of the stability estimate.")
 
-    @model_validator(mode="after")
-    def _one_size(self) -> PlanConfig:
-        given = [name for name in ("ratio", "num_experts", "target_gb") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"exactly one of ratio, num_experts and target_gb is expected, and {given or 'none'} was given"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [name for name in ("ratio", "num_experts", "target_gb") if values.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"at most one of ratio, num_experts and target_gb is expected, and {given} were given")
+        return values if given else {**values, "ratio": 0.25}
 
 
 class ValidateConfig(Settings):
@@ -86,6 +87,7 @@ class ValidateConfig(Settings):
     max_perplexity_ratio: float | None = Field(None, gt=0, description="Perplexity after over before.")
     max_token_kl: float | None = Field(None, ge=0, description="Mean KL(before || after) a token, in nats.")
     min_top1_agreement: float | None = Field(None, ge=0, le=1, description="Share of tokens with the same argmax.")
+    max_sequences: int = Field(64, ge=1, le=65_536, description="Sequences of the set that are compared.")
     dtype: DtypeName = Field("auto", description="Type of both forwards.")
     micro_batch_sequences: int = Field(4, ge=1, le=4096, description="Sequences in one forward pass.")
     device: str = Field("cpu", description="torch device of both forwards.")
@@ -96,5 +98,5 @@ class PruneConfig(Settings):
 
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig, description="The calibration set.")
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="The forward passes.")
-    plan: PlanConfig = Field(default_factory=lambda: PlanConfig(ratio=0.25), description="What is cut.")
+    plan: PlanConfig = Field(default_factory=PlanConfig, description="What is cut.")
     check: ValidateConfig = Field(default_factory=ValidateConfig, description="What must still hold.")
