@@ -16,6 +16,8 @@ from torch.nn import functional
 from sparkray.config.poc import ModelParams
 from sparkray.poc.rope import rope_table, rotate
 
+_CACHE_ELEMENTS = 1 << 19
+
 ReadWeight = Callable[[str], torch.Tensor]
 
 
@@ -35,8 +37,7 @@ class Transformer:
         self.device = device
         self.dtype = dtype
         self._read_weight = read_weight
-        cos_SP, sin_SP = rope_table(params)
-        self._cos_SP, self._sin_SP = cos_SP.to(device), sin_SP.to(device)
+        self._rope_SP = rope_table(params).to(device)
 
     @torch.inference_mode()
     def last_logits(self, inputs_BSD: torch.Tensor, layers: Sequence[int] | None = None) -> torch.Tensor:
@@ -69,8 +70,8 @@ class Transformer:
         keys = self._heads(normed_BSD, f"{prefix}.wk.weight", p.n_kv_heads)
         values = self._heads(normed_BSD, f"{prefix}.wv.weight", p.n_kv_heads)
         first = p.seq_len - asking_BSD.shape[1]
-        queries = rotate(queries, self._cos_SP[first:], self._sin_SP[first:])
-        keys = rotate(keys, self._cos_SP, self._sin_SP)
+        queries = rotate(queries, self._rope_SP[first:])
+        keys = rotate(keys, self._rope_SP)
         mixed_BHSD = functional.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2),
@@ -85,14 +86,22 @@ class Transformer:
         return projected.view(*normed_BSD.shape[:2], num_heads, self.params.head_dim)
 
     def _feed_forward(self, normed_BSD: torch.Tensor, prefix: str) -> torch.Tensor:
-        gate = functional.silu(functional.linear(normed_BSD, self._weight(f"{prefix}.w1.weight")), inplace=True)
-        gate.mul_(functional.linear(normed_BSD, self._weight(f"{prefix}.w3.weight")))
-        return functional.linear(gate, self._weight(f"{prefix}.w2.weight"))
+        gate, up, down = (self._weight(f"{prefix}.{name}.weight") for name in ("w1", "w3", "w2"))
+        rows_XD = normed_BSD.flatten(0, 1)
+        # On a CPU the wide middle is made in pieces that stay in its cache; a GPU takes it whole.
+        num_rows = len(rows_XD) if self.device.type != "cpu" else max(128, _CACHE_ELEMENTS // self.params.ffn_hidden)
+        parts = []
+        for part_XD in torch.split(rows_XD, num_rows):
+            middle = functional.silu(functional.linear(part_XD, gate), inplace=True)
+            middle.mul_(functional.linear(part_XD, up))
+            parts.append(functional.linear(middle, down))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.view_as(normed_BSD)
 
     def _norm(self, hidden_XD: torch.Tensor, name: str) -> torch.Tensor:
         full = hidden_XD.float()
-        scale = torch.rsqrt(full.square().mean(-1, keepdim=True) + self.params.norm_eps)
-        return (full * scale).to(self.dtype) * self._weight(name)
+        mean_square = torch.linalg.vecdot(full, full).unsqueeze(-1) / self.params.dim
+        return (full * torch.rsqrt(mean_square + self.params.norm_eps)).to(self.dtype).mul_(self._weight(name))
 
     def _weight(self, name: str) -> torch.Tensor:
         return self._read_weight(name).to(self.dtype)

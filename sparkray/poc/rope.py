@@ -23,18 +23,21 @@ def rope_frequencies(params: ModelParams) -> torch.Tensor:
     return _scale(frequencies) if params.use_scaled_rope else frequencies
 
 
-def rope_table(params: ModelParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each (seq_len, head_dim / 2), float32 values that float16 can hold."""
+def rope_table(params: ModelParams) -> torch.Tensor:
+    """Cosine + i sine of every position and channel pair, (seq_len, head_dim / 2) complex64.
+
+    Both parts are float32 values that float16 can hold.
+    """
     angles = torch.outer(torch.arange(params.seq_len, device="cpu").float(), rope_frequencies(params))
-    return angles.cos().half().float(), angles.sin().half().float()
+    return torch.complex(angles.cos().half().float(), angles.sin().half().float())
 
 
-def rotate(heads_BSHD: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
+def rotate(heads_BSHD: torch.Tensor, table_SP: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring channels (2i, 2i + 1) by the table's angles, in float32; the dtype is kept."""
-    even, odd = heads_BSHD.float().view(*heads_BSHD.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = cos_SP[None, :, None, :], sin_SP[None, :, None, :]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return rotated.flatten(-2).to(heads_BSHD.dtype)
+    # One complex product instead of four real ones and a copy that interleaves them again.
+    pairs = torch.view_as_complex(heads_BSHD.float().view(*heads_BSHD.shape[:-1], -1, 2))
+    turned = torch.view_as_real(pairs * table_SP[None, :, None, :])
+    return turned.flatten(-2).to(heads_BSHD.dtype)
 
 
 def _scale(frequencies: torch.Tensor) -> torch.Tensor:

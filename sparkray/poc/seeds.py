@@ -25,7 +25,7 @@ def words(text: str, num_rounds: int) -> npt.NDArray[np.uint32]:
 
 def generator(text: str, num_rounds: int) -> np.random.Generator:
     """PCG64 seeded by the chain of `text`."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words(text, num_rounds).tolist())))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words(text, num_rounds))))
 
 
 def name_hash(block_hash: str, name: str) -> int:
