@@ -109,13 +109,14 @@ class ReferenceProfile:
         return {"format": "sparkray-metis-profile", "version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], *, source: str = "profile") -> ReferenceProfile:
+    def from_dict(cls, data: Any, *, source: str = "profile") -> ReferenceProfile:
         """The profile that `to_dict` wrote.
 
         Raises:
             UsageError: another format or version, or fields that are missing or not numbers.
         """
-        found = data.get("version") if data.get("format") == "sparkray-metis-profile" else None
+        is_profile = isinstance(data, dict) and data.get("format") == "sparkray-metis-profile"
+        found = data.get("version") if is_profile else None
         if found != FORMAT_VERSION:
             raise UsageError(
                 f"{source} is not a reference profile of version {FORMAT_VERSION} (found: {found!r}).",
@@ -296,8 +297,8 @@ def _bootstrap(
     streams: Sequence[Stream],
     generator: np.random.Generator,
     mean_block_tokens: int,
-    num_paths: int = 400,
-    num_steps: int = 20_000,
+    num_paths: int = 1_600,
+    num_steps: int = 5_000,
 ) -> NDArray[np.float64]:
     """Long streams [path, step] of random blocks; a block ends by chance or with the stream it was cut from."""
     pooled = np.concatenate(streams)
@@ -317,17 +318,18 @@ def _thresholds(simulated: NDArray[np.float64], drift: float) -> list[float]:
     walk = np.cumsum(simulated - drift, axis=1)
     # Page's statistic, and its running maximum: a path passes h when the maximum first reaches it.
     peak = np.maximum.accumulate(walk - np.minimum(np.minimum.accumulate(walk, axis=1), 0.0), axis=1)
-    num_steps = simulated.shape[1]
+    # A step is run through under the threshold h if the maximum before it is below h; a first step always is.
+    before = np.sort(peak[:, :-1], axis=None)
+    last = np.sort(peak[:, -1])
 
     def run_length(threshold: float) -> float:
-        before = np.array([np.searchsorted(path, threshold) for path in peak])
-        passed = int((before < num_steps).sum())
-        tokens = int(np.minimum(before + 1, num_steps).sum())
+        tokens = len(peak) + int(np.searchsorted(before, threshold))
+        passed = len(last) - int(np.searchsorted(last, threshold))
         return tokens / passed if passed else math.inf
 
     found = []
     for wanted in _ARL_GRID:
-        low, high = 0.0, float(peak[:, -1].max())
+        low, high = 0.0, float(last[-1])
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (low, middle) if run_length(middle) >= wanted else (middle, high)
