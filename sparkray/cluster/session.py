@@ -176,6 +176,8 @@ def _head_environment() -> dict[str, str]:
         # Ray's memory monitor sees process memory only and kills the engine on unified memory; doctor watches instead.
         "RAY_memory_monitor_refresh_ms": "0",
         "PYTHONWARNINGS": "ignore",
+        # Jobs are submitted as `python jobs/...`: that python is the one that runs here.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
 
 
