@@ -20,10 +20,11 @@ from sparkray.errors import NotFoundError
 from sparkray.metis.arena import FloatArray, Progress
 from sparkray.metis.fields import NUM_FIELDS
 from sparkray.metis.options import WatchOptions
+from sparkray.metis.trace import CognitiveTrace
 
 _PREFIX = re.compile(r"^(?:chatcmpl|cmpl|resp)-")
 # The number of a prompt among several of one request.
-_PROMPT_NUMBER = re.compile(r"[-_]\d+$")
+_OF_SEVERAL_PROMPTS = re.compile(r"(cmpl-.+)-\d+|(chatcmpl-.+)_\d+")
 # vLLM makes ids its own by eight random hex digits.
 _VLLM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 # Shared memory tells nobody that it was written to; a waiting reader looks this often.
@@ -50,6 +51,7 @@ class TraceEntry:
         token_ids: tokens delivered so far.
         finish_reason: "stop", "length", "abort" or "error" once it ended, else None.
         num_prompt_tokens: known once the first token is delivered, else 0.
+        restarts: times the detector had to begin anew because what it knew of the request was lost.
     """
 
     request_id: str
@@ -70,21 +72,30 @@ class TraceEntry:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that may be shown: delivered, or accepted by the engine and on their way."""
+        """Recorded tokens that may be shown: delivered, or accepted by the engine and on their way."""
         if self._source is None:
             return len(self._tokens)
-        return min(max(len(self.token_ids), self._source.progress().committed), self.max_tokens)
+        progress = self._source.progress()
+        return min(max(len(self.token_ids), progress.committed), progress.written, self.max_tokens)
 
     @property
     def truncated(self) -> bool:
-        """Whether the request is longer than its record."""
-        return self.options is not None and len(self.token_ids) > self.max_tokens
+        """Whether tokens at the end went unrecorded: the request is longer than its record."""
+        recorded = len(self._tokens) if self.finished else self.max_tokens
+        return self.options is not None and len(self.token_ids) > recorded
 
     def tokens(self, start: int = 0) -> FloatArray:
         """The recorded tokens from `start` on, as rows in the order of `TOKEN_FIELDS`."""
         if self._source is None:
             return self._tokens[start:]
         return self._source.read(start, self.num_tokens)
+
+    def trace(self, decode: Callable[[int], str] | None = None) -> CognitiveTrace:
+        """The delivered part as a `CognitiveTrace`; `decode` gives a token's text."""
+        tokens_TF = self.tokens()[: len(self.token_ids)]
+        token_ids = self.token_ids[: len(tokens_TF)]
+        texts = None if decode is None else [decode(token_id) for token_id in token_ids]
+        return CognitiveTrace.from_tokens(tokens_TF, token_ids=token_ids, texts=texts, request_id=self.request_id)
 
     def delivered(self, token_ids: list[int]) -> None:
         """Note tokens that went to the client."""
@@ -98,8 +109,9 @@ class TraceEntry:
     def finish(self, reason: str) -> None:
         """Keep exactly the delivered tokens and let go of the source."""
         if self._source is not None:
-            self._tokens = self._source.read(0, min(len(self.token_ids), self.max_tokens))
-            self.restarts = self._source.progress().restarts
+            progress = self._source.progress()
+            self._tokens = self._source.read(0, min(len(self.token_ids), progress.written, self.max_tokens))
+            self.restarts = progress.restarts
             self._source = None
         self.finish_reason = reason
         self._notify()
@@ -201,8 +213,11 @@ class TraceStore:
 
 def _short_names(request_id: str) -> set[str]:
     """Other names under which a stored request is found: without the route's prefix and the number of its prompt."""
-    whole = _PROMPT_NUMBER.sub("", request_id) if _PREFIX.match(request_id) else request_id
-    return {_PREFIX.sub("", request_id), whole, _PREFIX.sub("", whole)} - {request_id, ""}
+    names = {_PREFIX.sub("", request_id)}
+    if numbered := _OF_SEVERAL_PROMPTS.fullmatch(request_id):
+        whole = numbered[1] or numbered[2]
+        names |= {whole, _PREFIX.sub("", whole)}
+    return names - {request_id, ""}
 
 
 def _spellings(request_id: str) -> Iterator[str]:

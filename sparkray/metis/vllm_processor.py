@@ -80,7 +80,9 @@ class MetisLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
         self._outputs: list[list[int]] = [[] for _ in range(num_rows)]
         self._plan: _Plan | None = None
-        warm_up(device, torch.float32, vllm_config.model_config.get_vocab_size())
+        if vllm_config.parallel_config.tensor_parallel_size == 1:
+            # Ranks that time kernels for themselves may choose differently, and so differ in a last bit.
+            warm_up(device, torch.float32, vllm_config.model_config.get_vocab_size(), min(num_rows, 64))
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -185,10 +187,12 @@ class MetisLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             index_R = index_R.clamp_min(0)
             kept_R = keep_B[index_R] & exists_R
             stats_R = EntropyStats(stats.entropy_B[index_R], stats.max_prob_B[index_R])
-            tokens_RF, mode_R, bonus_R = self._observe(
-                request_rows_R, stats_R, logits.shape[-1], kept_R, ctx.input_ids.long()[index_R] if careful else None
-            )
-            if drafted:
+            last_tokens_R = None
+            if careful:
+                # Under V1 only the answer's own tokens are seen, so what ends the prompt is left out here too.
+                last_tokens_R = torch.where(positions_B > 0, ctx.input_ids.long(), -1)[index_R]
+            tokens_RF, mode_R, bonus_R = self._observe(request_rows_R, stats_R, logits.shape[-1], kept_R, last_tokens_R)
+            if self._max_drafts:
                 rows.remember(request_rows_R, draft + 1, settled_R)
             if boosting:
                 self._boost(logits, index_R, mode_R, torch.where(kept_R, bonus_R, 0.0))

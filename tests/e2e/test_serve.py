@@ -78,8 +78,8 @@ def model(http: httpx.Client) -> str:
     return str(http.get("/v1/models").json()["data"][0]["id"])
 
 
-def chat(http: httpx.Client, model: str, **fields: Any) -> httpx.Response:
-    body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}], **fields}
+def chat(http: httpx.Client, served: str, /, **fields: Any) -> httpx.Response:
+    body = {"model": served, "messages": [{"role": "user", "content": "What is the capital of France?"}], **fields}
     return http.post("/v1/chat/completions", json=body)
 
 
