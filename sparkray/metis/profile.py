@@ -34,6 +34,7 @@ REFUSE_DRIFT = 0.75
 
 _PACKAGED_DIR = Path(__file__).parent / "profiles"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){2}")
+_PREPARED = re.compile(r"-\d+(\.\d+)+-c\d+$")
 _ARL_GRID = (50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0, 10_000.0, 20_000.0, 50_000.0)
 _MIN_TOKENS = 500
 _MAX_LAG1 = 0.95
@@ -201,7 +202,7 @@ class ProfileStore:
             raise NotFoundError(
                 f"no reference profile fits the model {slug!r} at temperature {temperature:g} and task {task!r} "
                 f"(stored: {', '.join(self.names()) or 'none'}).",
-                hint="Record one with `sparkray metis record`, or use the detector 'metis'.",
+                hint="Fit one to recorded entropies with `sparkray metis fit`, or use the detector 'metis'.",
                 param="metis_profile",
             )
         return min(near, key=lambda profile: (abs(profile.temperature - temperature), profile.temperature))
@@ -223,9 +224,12 @@ class ProfileStore:
 
 
 def model_slug(model: str) -> str:
-    """The last part of a hub id or path, lower case, for the name of a profile."""
+    """The last part of a hub id or path, lower case, for the name of a profile.
+
+    The version that `sparkray.models` puts behind the name of a folder it prepared (`-0.1.2-c1`) is left out.
+    """
     last = model.rstrip("/").rsplit("/", 1)[-1].lower()
-    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._") or "model"
+    return re.sub(r"[^a-z0-9._-]+", "-", _PREPARED.sub("", last)).strip("-._") or "model"
 
 
 def fit_profile(

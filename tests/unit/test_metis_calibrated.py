@@ -17,7 +17,7 @@ from sparkray.metis.detectors import DetectorBank
 from sparkray.metis.entropy import EntropyStats
 from sparkray.metis.fields import COLUMN, TOKEN_FIELDS, Action
 from sparkray.metis.options import WatchOptions
-from sparkray.metis.profile import ProfileStore, ReferenceProfile, fit_profile
+from sparkray.metis.profile import ProfileStore, ReferenceProfile, fit_profile, model_slug
 
 VOCAB = 49_152
 MODEL, TASK = "toy", "noise"
@@ -223,6 +223,20 @@ def test_find_by_model_temperature_and_task(profile: ReferenceProfile, tmp_path:
     for model, temperature, task in (("toy", 0.3, TASK), ("toy", 0.8, "chat"), ("toy-2", 0.8, TASK)):
         with pytest.raises(NotFoundError, match=r"toy/t0\.8/noise"):
             store.find(model, temperature, task)
+
+
+@pytest.mark.parametrize(
+    ("model", "slug"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("/cache/models/SmolLM2-135M-Instruct-0.1.2-c1/", "smollm2-135m-instruct"),
+        ("Qwen/Qwen2.5-1.5B", "qwen2.5-1.5b"),
+        ("my model (2)", "my-model-2"),
+        ("///", "model"),
+    ],
+)
+def test_the_short_name_of_a_model(model: str, slug: str) -> None:
+    assert model_slug(model) == slug
 
 
 @pytest.mark.parametrize("name", ["toy", "../../secret/x", "toy/t0.7/../x", "/etc/passwd/x", "Toy/t0.7/noise", ""])
