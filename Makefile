@@ -23,7 +23,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@command -v uv >/dev/null 2>&1 || python3 -m pip install --quiet 'uv>=0.9,<1'
 	@test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) $(VENV)
-	uv pip install --quiet --python $(BIN)/python $(UV_TORCH) -c constraints.txt -e '.[$(EXTRAS)]'
+	uv pip install --quiet --compile-bytecode --python $(BIN)/python $(UV_TORCH) -c constraints.txt -e '.[$(EXTRAS)]'
 	@# The command line answers in a fraction of the time where its few libraries are compiled ahead.
 	@$(BIN)/python -m compileall -q sparkray $$($(BIN)/python -c 'import typer, rich, pydantic; print(*(m.__path__[0] for m in (typer, rich, pydantic)))')
 	@touch $(STAMP)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sparkray.config import AutoscalingConfig, EngineConfig, MetisConfig, ServeConfig
 from sparkray.errors import UnavailableError
-from sparkray.serving.app import PROCESSOR, deployment_options, llm_config_values
+from sparkray.serving.app import deployment_options, llm_config_values
 from sparkray.serving.chat_view import cusum_bar, entropy_style, live_view, report_lines, sparkline
 from sparkray.serving.exposition import merge_expositions
 from sparkray.serving.lifecycle import cause_of
@@ -28,7 +28,6 @@ def test_cpu_settings_become_an_llm_config() -> None:
     kwargs = values["engine_kwargs"]
     assert kwargs["kv_cache_memory_bytes"] == 536_870_912
     assert kwargs["num_gpu_blocks_override"] == 7
-    assert kwargs["logits_processors"] == [PROCESSOR]
     assert "gpu_memory_utilization" not in kwargs
     assert values["experimental_configs"]["sparkray_metis"]["max_traces"] == 9
 
