@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparkray.metis.boost import BoostTable, apply_boost
+    from sparkray.metis.calibration import fit_profile
     from sparkray.metis.compat import CoTBoostProcessor, MetisCompositeProcessor, MetisCUSUMProcessor
     from sparkray.metis.detectors import DetectorBank
     from sparkray.metis.entropy import EntropyStats, entropy_stats
     from sparkray.metis.fields import TOKEN_FIELDS, Action
     from sparkray.metis.options import WatchOptions, parse_xargs
-    from sparkray.metis.profile import ProfileStore, ReferenceProfile, fit_profile
+    from sparkray.metis.profile import ProfileStore, ReferenceProfile
     from sparkray.metis.reward import CognitiveReward, CognitiveRewardComputer, RewardWeights
     from sparkray.metis.trace import CognitiveEvent, CognitiveTrace, TraceBuilder
 
@@ -45,7 +46,7 @@ _HOME = {
     "WatchOptions": "options",
     "apply_boost": "boost",
     "entropy_stats": "entropy",
-    "fit_profile": "profile",
+    "fit_profile": "calibration",
     "parse_xargs": "options",
 }
 

@@ -5,9 +5,7 @@ task. It holds the mean, the standard deviation and the lag-1 autocorrelation of
 expected of a token follows from the token before it, and a table that turns a wanted average run length (tokens
 between false alarms, ARL) into the two thresholds of the `calibrated` detector.
 
-The table comes from simulation: the stationary bootstrap (Politis and Romano, 1994) strings blocks of the recorded
-streams together into long ones, and the ARL of a threshold is the tokens run through per first passage of a CUSUM
-statistic (Page, 1954) over it.
+`calibration` fits profiles.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,10 @@ from sparkray.errors import InputError, NotFoundError, UsageError
 from sparkray.metis.options import MAX_ARL_TOKENS, MIN_ARL_TOKENS
 
 FORMAT_VERSION = 1
-HEDGE_DRIFT = 0.25
-REFUSE_DRIFT = 0.75
 
 _PACKAGED_DIR = Path(__file__).parent / "profiles"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){2}")
 _PREPARED = re.compile(r"-\d+(\.\d+)+-c\d+$")
-_ARL_GRID = (50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0, 10_000.0, 20_000.0, 50_000.0)
-_MIN_TOKENS = 500
-_MAX_LAG1 = 0.95
 _MAX_TEMPERATURE_GAP = 0.15
 
 Stream = NDArray[np.float64]
@@ -160,10 +153,10 @@ class ProfileStore:
         self._loaded: dict[str, ReferenceProfile] = {}
 
     @classmethod
-    def from_environment(cls) -> ProfileStore:
-        """The packaged profiles and those in the folders of SPARKRAY_METIS_PROFILES (separated like PATH)."""
-        listed = os.environ.get("SPARKRAY_METIS_PROFILES", "")
-        return cls(folder for folder in listed.split(os.pathsep) if folder)
+    def from_environment(cls, folders: Iterable[Path | str] = ()) -> ProfileStore:
+        """The packaged profiles, then those of SPARKRAY_METIS_PROFILES (separated like PATH), then `folders`."""
+        listed = os.environ.get("SPARKRAY_METIS_PROFILES", "").split(os.pathsep)
+        return cls([*filter(None, listed), *folders])
 
     def names(self) -> tuple[str, ...]:
         """Sorted names of all stored profiles."""
@@ -230,115 +223,6 @@ def model_slug(model: str) -> str:
     """
     last = model.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"[^a-z0-9._-]+", "-", _PREPARED.sub("", last)).strip("-._") or "model"
-
-
-def fit_profile(
-    entropy_streams: Sequence[Sequence[float] | Stream],
-    *,
-    model: str,
-    temperature: float,
-    task: str = "chat",
-    seed: int = 0,
-    mean_block_tokens: int = 128,
-) -> ReferenceProfile:
-    """Fit a profile on recorded entropies.
-
-    Args:
-        entropy_streams: one sequence of entropies in bits for each answer, in the order of its tokens.
-        model: name, hub id or folder of the model.
-        temperature, task: of the recording.
-        seed: of the simulation; the same streams and seed give the same profile.
-        mean_block_tokens: mean length of the blocks of the bootstrap. Long enough to keep how entropies hang
-            together, short against the recording.
-
-    Raises:
-        InputError: fewer than 500 tokens, a value that is not a finite number of bits >= 0, or no variation at all.
-    """
-    streams = [np.asarray(stream, dtype=np.float64) for stream in entropy_streams]
-    streams = [stream for stream in streams if len(stream)]
-    num_tokens = sum(len(stream) for stream in streams)
-    if num_tokens < _MIN_TOKENS:
-        raise InputError(f"a profile needs at least {_MIN_TOKENS} recorded tokens, and {num_tokens} were given.")
-    pooled = np.concatenate(streams)
-    if not (np.isfinite(pooled).all() and (pooled >= 0).all()):
-        raise InputError("the recorded entropies hold values that are not finite numbers of bits >= 0.")
-    mean, std = float(pooled.mean()), float(pooled.std())
-    if std < 1e-3:
-        raise InputError(f"the recorded entropies do not vary (standard deviation {std:.2g} bits).")
-    bare = ReferenceProfile(
-        model=model_slug(model),
-        temperature=float(temperature),
-        task=task,
-        mean_bits=mean,
-        std_bits=std,
-        lag1=_lag1(streams, mean, std),
-        hedge_drift=HEDGE_DRIFT,
-        refuse_drift=REFUSE_DRIFT,
-        table=(),
-        num_streams=len(streams),
-        num_tokens=num_tokens,
-        seed=seed,
-    )
-    z_streams = [bare.z_scores(stream) for stream in streams]
-    simulated = _bootstrap(z_streams, np.random.default_rng(seed), mean_block_tokens)
-    table = zip(
-        _ARL_GRID,
-        _thresholds(simulated, HEDGE_DRIFT),
-        _thresholds(simulated, REFUSE_DRIFT),
-        strict=True,
-    )
-    return replace(bare, table=tuple(table))
-
-
-def _lag1(streams: Sequence[Stream], mean: float, std: float) -> float:
-    products = np.concatenate([(stream[1:] - mean) * (stream[:-1] - mean) for stream in streams])
-    if not len(products):
-        return 0.0
-    return float(np.clip(products.mean() / std**2, -_MAX_LAG1, _MAX_LAG1))
-
-
-def _bootstrap(
-    streams: Sequence[Stream],
-    generator: np.random.Generator,
-    mean_block_tokens: int,
-    num_paths: int = 1_600,
-    num_steps: int = 5_000,
-) -> NDArray[np.float64]:
-    """Long streams [path, step] of random blocks; a block ends by chance or with the stream it was cut from."""
-    pooled = np.concatenate(streams)
-    is_last = np.zeros(len(pooled), dtype=bool)
-    is_last[np.cumsum([len(stream) for stream in streams]) - 1] = True
-    simulated = np.empty((num_paths, num_steps))
-    position = generator.integers(len(pooled), size=num_paths)
-    for step in range(num_steps):
-        simulated[:, step] = pooled[position]
-        jumps = is_last[position] | (generator.random(num_paths) < 1.0 / mean_block_tokens)
-        position = np.where(jumps, generator.integers(len(pooled), size=num_paths), position + 1)
-    return simulated
-
-
-def _thresholds(simulated: NDArray[np.float64], drift: float) -> list[float]:
-    """The threshold for every ARL of the grid: tokens run through, per path that passed it, up to the passage."""
-    walk = np.cumsum(simulated - drift, axis=1)
-    # Page's statistic, and its running maximum: a path passes h when the maximum first reaches it.
-    peak = np.maximum.accumulate(walk - np.minimum(np.minimum.accumulate(walk, axis=1), 0.0), axis=1)
-    # A step is run through under the threshold h if the maximum before it is below h; a first step always is.
-    before = np.sort(peak[:, :-1], axis=None)
-    last = np.sort(peak[:, -1])
-
-    def run_length(threshold: float) -> float:
-        tokens = len(peak) + int(np.searchsorted(before, threshold))
-        passed = len(last) - int(np.searchsorted(last, threshold))
-        return tokens / passed if passed else math.inf
-
-    found = []
-    for wanted in _ARL_GRID:
-        low, high = 0.0, float(last[-1])
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (low, middle) if run_length(middle) >= wanted else (middle, high)
-        found.append(high)
-    return found
 
 
 def _path_of(folder: Path, name: str) -> Path:

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from sparkray.errors import InputError, NotFoundError, UsageError
+from sparkray.metis.calibration import AlarmCount, count_alarms, fit_profile
 from sparkray.metis.detectors import DetectorBank
 from sparkray.metis.entropy import EntropyStats
 from sparkray.metis.fields import COLUMN, TOKEN_FIELDS, Action
 from sparkray.metis.options import WatchOptions
-from sparkray.metis.profile import ProfileStore, ReferenceProfile, fit_profile, model_slug
+from sparkray.metis.profile import ProfileStore, ReferenceProfile, model_slug
 
 VOCAB = 49_152
 MODEL, TASK = "toy", "noise"
@@ -110,6 +111,19 @@ def test_false_alarms_come_as_seldom_as_asked(
     for field, threshold in (("hedge_statistic", hedge), ("refuse_statistic", refuse)):
         num_alarms = (tokens[..., COLUMN[field]] >= threshold).sum()
         assert 400_000 / num_alarms == pytest.approx(arl_tokens, rel=0.30), field
+
+
+def test_counting_alarms_agrees_with_the_detector(store: ProfileStore, profile: ReferenceProfile) -> None:
+    entropies = process(20, 500, seed=11, shift=0.15)
+    bank = DetectorBank(20, "cpu", store)
+    for row in range(20):
+        bank.reset(row, calibrated(profile, 300.0))
+    tokens = run(bank, entropies)
+    hedge, refuse = profile.thresholds(300.0)
+    hedges = int((tokens[..., COLUMN["hedge_statistic"]] >= hedge).sum())
+    refuses = int((tokens[..., COLUMN["refuse_statistic"]] >= refuse).sum())
+    assert count_alarms(profile, list(entropies), 300.0) == AlarmCount(10_000, hedges, refuses)
+    assert hedges > 30
 
 
 def test_a_shift_is_seen_long_before_a_false_alarm(store: ProfileStore, profile: ReferenceProfile) -> None:
