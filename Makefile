@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both set up what they need and are safe to run twice.
-EXTRAS  ?= cpu,train,dev
+EXTRAS  ?= cpu,search,train,dev
 PYTHON  ?= 3.11
 PORT    ?= 8000
 KEEP    ?=

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from sparkray.config.base import Settings, validate_settings
+from sparkray.errors import UsageError
 
 WeightsName = Literal["pool", "sequential"]
 ModeName = Literal["compatible", "hardened"]
@@ -108,10 +109,34 @@ V2 = ModelParams(
     dim=1792, n_layers=64, n_heads=64, n_kv_heads=64, vocab_size=8196,
     ffn_dim_multiplier=10.0, multiple_of=8192, rope_theta=10_000.0, seq_len=256,
 )  # fmt: skip
+# Found by `sparkray poc plan` for one GB10: 34 GB, a start below a minute, over 500 valid nonces an hour.
+BIG = ModelParams(
+    dim=2048, n_layers=48, n_heads=32, n_kv_heads=32, vocab_size=8192,
+    ffn_dim_multiplier=10.0, multiple_of=1024, rope_theta=10_000.0, seq_len=64,
+)  # fmt: skip
 TINY = ModelParams(
     dim=128, n_layers=4, n_heads=4, n_kv_heads=4, vocab_size=128,
     ffn_dim_multiplier=1.3, multiple_of=1024, rope_theta=500_000.0, seq_len=16,
 )  # fmt: skip
+
+# A preset is a shape and a way of drawing its weights.
+PRESETS: dict[str, tuple[ModelParams, WeightsConfig]] = {
+    "V1": (V1, WeightsConfig(pool_fraction=0.05)),
+    "V2": (V2, WeightsConfig(pool_fraction=0.05)),
+    "BIG": (BIG, WeightsConfig(pool_fraction=0.15)),
+    "TINY": (TINY, WeightsConfig(pool_fraction=0.05)),
+}
+
+
+def preset(name: str) -> tuple[ModelParams, WeightsConfig]:
+    """The preset of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"preset {name!r} was asked for, and {', '.join(PRESETS)} exist.", param="preset")
+    return PRESETS[name]
 
 
 class PocConfig(Settings):

@@ -195,7 +195,7 @@ class MetisLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if self._max_drafts:
                 rows.remember(request_rows_R, draft + 1, settled_R)
             if boosting:
-                self._boost(logits, index_R, mode_R, torch.where(kept_R, bonus_R, 0.0))
+                self._boost(logits, index_R, mode_R, bonus_R)
             if self._publisher:
                 positions_R = positions_B[index_R]
                 steps.append(
@@ -225,14 +225,15 @@ class MetisLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         keep_B: Tensor,
         last_tokens_B: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens_BF, mode_B, bonus_B); the last tokens are needed where anyone is to be boosted with care."""
+        """(tokens_BF, mode_B, bonus_B); the bonus is 0 where not kept, the last tokens are for the careful boost."""
         bank = self._rows.bank
         sentence_end_B = None
         if last_tokens_B is not None:
             sentence_end_B = self._table().ends_sentence(last_tokens_B)
         tokens_BF = bank.observe(rows_B, stats, vocab_size, keep_B, sentence_end_B)
         mode_B, bonus_B = bank.boost_bonus(rows_B, tokens_BF)
-        return tokens_BF, mode_B, bonus_B
+        # A row that is not watched still holds what its last request left.
+        return tokens_BF, mode_B, torch.where(keep_B, bonus_B, 0.0)
 
     def _boost(self, logits: Tensor, rows_B: Tensor, mode_B: Tensor, bonus_B: Tensor) -> None:
         apply_boost(logits, rows_B, mode_B, bonus_B, self._table())

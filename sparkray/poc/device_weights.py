@@ -34,7 +34,11 @@ def load_weights(
 
 
 def _pooled(pool: torch.Tensor, layout: dict[str, Placement], shapes: dict[str, tuple[int, ...]]) -> ReadWeight:
-    num_copies = _ALIGNED_ELEMENTS if pool.device.type == "cuda" else 1
+    wants_alignment = pool.device.type == "cuda"
+    # A pool of more than a seventh or so of the model is cheaper to keep once beside one aligned copy of each slice.
+    total = sum(place.numel for place in layout.values())
+    copy_slices = wants_alignment and _ALIGNED_ELEMENTS * pool.numel() > total + pool.numel()
+    num_copies = _ALIGNED_ELEMENTS if wants_alignment and not copy_slices else 1
     copies = [pool, *(pool[shift:].clone() for shift in range(1, num_copies))]
     tensors: dict[str, torch.Tensor] = {}
     for name, place in layout.items():
@@ -43,6 +47,7 @@ def _pooled(pool: torch.Tensor, layout: dict[str, Placement], shapes: dict[str, 
         if place.branch == "slice":
             shift = place.start % num_copies
             flat = copies[shift][place.start - shift :][: place.numel]
+            flat = flat.clone() if copy_slices else flat
         else:
             flat = torch.from_numpy(place.values(pool.cpu().half().numpy())).to(pool)
         tensors[name] = flat.view(shapes[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from sparkray.config.poc import ModelParams, WeightsConfig
-from sparkray.errors import UnavailableError
 from sparkray.poc.device_weights import load_weights
+from sparkray.poc.devices import resolve_device
 from sparkray.poc.inputs import draw_target
 from sparkray.poc.model import Transformer
 from sparkray.poc.prep import PrepRing, Slot
@@ -77,7 +77,7 @@ class Engine:
             else CpuStep(self._model, self._target_V)
         )
 
-    def stream(self, public_key: str, nonces: Iterable[int]) -> Iterator[Computed]:
+    def stream(self, public_key: str, nonces: Iterable[int]) -> Generator[Computed]:
         """Distances of `nonces` (endless ones too), batch by batch in their order.
 
         Closing the iterator stops the preparation; nonces that were drawn from `nonces` but not given back are
@@ -114,24 +114,6 @@ class Engine:
         pending.wait_copied()
         ring.release(slot)
         return nonces, pending
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes CUDA where there is some.
-
-    Raises:
-        UnavailableError: a CUDA device that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnavailableError(
-            f"device {name!r} was asked for, and {torch.cuda.device_count()} CUDA devices are there.",
-            hint="Use --device cpu, or a number below that.",
-            param="device",
-        )
-    return device
 
 
 def batched(nonces: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -120,7 +120,7 @@ def test_what_cannot_be_fitted_says_why(tmp_path: Path) -> None:
 
 
 def test_cross_check_counts_on_answers_that_were_not_fitted() -> None:
-    """200 of 400 answers, 20,000 tokens: 100 false alarms expected at one in 200; within 4 sigma and the fit's error."""
+    """200 of 400 answers, 20,000 tokens: 100 false alarms expected at one in 200; within 4 sigma and the fit."""
     checked = cross_check(streams(400), share=0.5, temperature=1.0, arls_tokens=(200.0,))[200.0]
     assert checked.num_tokens == 20_000
     assert 50 < checked.num_hedge < 150

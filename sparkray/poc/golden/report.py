@@ -103,6 +103,18 @@ class SectionReport:
         if len(self.findings) < _MAX_LISTED:
             self.findings.append(f"{where}: {what}")
 
+    def summary(self) -> str:
+        """Lines for a person."""
+        line = f"{self.name}: {self.status}, {self.num_matched} values"
+        if self.num_mismatched:
+            line += f" matched, {self.num_mismatched} differ"
+        line += f", worst error {self.worst_error:.2e}"
+        if self.worst_where:
+            line += f" at {self.worst_where}"
+        return "\n".join(
+            [line, *(f"  differs: {each}" for each in self.findings), *(f"  note: {each}" for each in self.notes)]
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The section as JSON; an error that is not a number becomes null."""
         return {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sparkray.config.poc import ModelParams
+from sparkray.poc.devices import resolve_device
 from sparkray.poc.hardened.commitment import Commitment, leaf
 from sparkray.poc.hardened.draws import draw_hardened_input, draw_hardened_target
 from sparkray.poc.hardened.model import HardenedTransformer
@@ -37,7 +38,7 @@ class HardenedProver:
     def __init__(self, block_hash: str, public_key: str, params: ModelParams, device: str = "cpu") -> None:
         self._seeds = (block_hash, public_key)
         self._params = params
-        self._model = HardenedTransformer(block_hash, params, torch.device(device))
+        self._model = HardenedTransformer(block_hash, params, resolve_device(device))
         self._target_V = draw_hardened_target(block_hash, params.vocab_size).astype(np.int64)
 
     def prove(self, nonces: Sequence[int], layers: Sequence[int] | None = None) -> list[HardenedProof]:

@@ -1,0 +1,152 @@
+"""The probability that a path is right, from the signals of its tokens so far.
+
+A small logistic regression for each checkpoint (number of tokens written) and one for paths that ended, fitted on
+calibration questions whose answers are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparkray.errors import InputError
+from sparkray.search.logistic import Features, Logistic, fit_logistic, logistic_from_dict, logistic_to_dict
+from sparkray.search.signals import COLUMN, FloatArray
+
+FEATURES = (
+    "mean_entropy",
+    "peak_entropy",
+    "recent_entropy",
+    "mean_logprob",
+    "least_logprob",
+    "recent_logprob",
+    "mean_max_prob",
+    "least_max_prob",
+    "mean_top_confidence",
+    "least_top_confidence",
+    "peak_statistic",
+    "log_num_tokens",
+)
+_RECENT_TOKENS = 8
+_MIN_EXAMPLES = 30
+
+
+def path_features(signals: FloatArray) -> Features:
+    """The `FEATURES` of the tokens in `signals` (at least one), shape [num_features]; unknown signals count as 0."""
+    rows = np.nan_to_num(signals.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    entropy, logprob = rows[:, COLUMN["entropy"]], rows[:, COLUMN["logprob"]]
+    max_prob, confidence = rows[:, COLUMN["max_prob"]], rows[:, COLUMN["top_confidence"]]
+    return np.array(
+        [
+            entropy.mean(),
+            entropy.max(),
+            entropy[-_RECENT_TOKENS:].mean(),
+            logprob.mean(),
+            logprob.min(),
+            logprob[-_RECENT_TOKENS:].mean(),
+            max_prob.mean(),
+            max_prob.min(),
+            confidence.mean(),
+            confidence.min(),
+            rows[:, COLUMN["hedge_statistic"]].max(),
+            np.log(len(rows)),
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PathScorer:
+    """P(right) of a running path at its checkpoints, and of one that ended.
+
+    Attributes:
+        checkpoints: numbers of tokens, rising, at which a running path is judged.
+        running: one model for each checkpoint.
+        ended: the model of paths that ended with an answer.
+    """
+
+    checkpoints: tuple[int, ...]
+    running: tuple[Logistic, ...]
+    ended: Logistic
+
+    def at_checkpoint(self, signals: FloatArray, mark: int) -> float:
+        """P(right) of a running path, judged when it had written `mark` tokens, which must be a checkpoint."""
+        return self.running[self.checkpoints.index(mark)].probability(path_features(signals[:mark]))
+
+    def at_end(self, signals: FloatArray) -> float:
+        """P(right) of a path that ended with an answer."""
+        return self.ended.probability(path_features(signals))
+
+    def least_so_far(self, signals: FloatArray) -> float:
+        """The least P(right) at any checkpoint that a path passed while running; 1 where it passed none."""
+        passed = [mark for mark in self.checkpoints if mark < len(signals)]
+        return min((self.at_checkpoint(signals, mark) for mark in passed), default=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One path to learn from: its signals, and whether its answer is right; `weight` makes questions count alike."""
+
+    signals: FloatArray
+    correct: bool
+    has_answer: bool
+    weight: float = 1.0
+
+
+def fit_scorer(examples: Sequence[Example], checkpoints: Sequence[int]) -> PathScorer:
+    """Fit on paths of calibration questions.
+
+    Checkpoints that fewer than 30 paths are still running at, or at which all are right or all are wrong, are dropped.
+
+    Raises:
+        InputError: fewer than 30 paths with an answer, or all of them right or all wrong.
+    """
+    ended = [example for example in examples if example.has_answer and len(example.signals)]
+    if not _is_learnable(ended):
+        raise InputError(
+            f"{len(ended)} paths with an answer were given, of which {sum(e.correct for e in ended)} are right; "
+            f"at least {_MIN_EXAMPLES}, some right and some wrong, are needed to calibrate."
+        )
+    marks, models = [], []
+    for mark in sorted(set(checkpoints)):
+        reached = [example for example in examples if len(example.signals) > mark]
+        if _is_learnable(reached):
+            marks.append(mark)
+            models.append(_fit(reached, mark))
+    return PathScorer(tuple(marks), tuple(models), _fit(ended, None))
+
+
+def scorer_to_dict(scorer: PathScorer) -> dict[str, Any]:
+    """As plain values for JSON."""
+    return {
+        "features": list(FEATURES),
+        "checkpoints": list(scorer.checkpoints),
+        "running": [logistic_to_dict(model) for model in scorer.running],
+        "ended": logistic_to_dict(scorer.ended),
+    }
+
+
+def scorer_from_dict(data: Mapping[str, Any]) -> PathScorer:
+    """What `scorer_to_dict` gave. Raises KeyError, TypeError or ValueError where it is something else."""
+    if tuple(data["features"]) != FEATURES:
+        raise ValueError(f"its features are {data['features']}, and {list(FEATURES)} are computed here")
+    return PathScorer(
+        tuple(int(mark) for mark in data["checkpoints"]),
+        tuple(logistic_from_dict(model, len(FEATURES)) for model in data["running"]),
+        logistic_from_dict(data["ended"], len(FEATURES)),
+    )
+
+
+def _is_learnable(examples: Sequence[Example]) -> bool:
+    num_right = sum(example.correct for example in examples)
+    return len(examples) >= _MIN_EXAMPLES and 0 < num_right < len(examples)
+
+
+def _fit(examples: Sequence[Example], num_tokens: int | None) -> Logistic:
+    return fit_logistic(
+        np.stack([path_features(example.signals[:num_tokens]) for example in examples]),
+        np.array([example.correct for example in examples]),
+        np.array([example.weight for example in examples]),
+    )
