@@ -1,0 +1,136 @@
+"""Settings of distillation: data, teacher, client, cache, store, loss, students and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from sparkray.config.base import Settings
+
+TeacherKind = Literal["transformers", "vllm_local", "vllm_remote", "api"]
+ScoringMode = Literal["prompt_logprobs", "echo", "completion"]
+TargetKind = Literal["sampled_tail", "tail_bucket", "renormalised"]
+Divergence = Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "jensen_shannon"]
+StudentKind = Literal["causal", "latent"]
+
+
+class PackConfig(Settings):
+    """How text becomes sequences of equal length."""
+
+    sequence_tokens: int = Field(512, ge=8, le=1_048_576, description="Tokens of one packed sequence.")
+    chunk_tokens: int = Field(4, ge=1, le=64, description="Tokens of a latent chunk; divides sequence_tokens.")
+    validation_share: float = Field(0.1, ge=0, lt=1, description="Share of the documents that is held out.")
+    max_sequences: int | None = Field(None, ge=1, description="Most training sequences; all of them when unset.")
+    seed: int = Field(0, ge=0, description="Seed of the split.")
+
+    @model_validator(mode="after")
+    def _chunks_divide(self) -> Self:
+        if self.sequence_tokens % self.chunk_tokens:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must divide sequence_tokens={self.sequence_tokens}")
+        return self
+
+
+class TeacherConfig(Settings):
+    """Which model teaches, where it runs, and how it is asked."""
+
+    kind: TeacherKind = Field("transformers", description="Where the teacher runs.")
+    model: str = Field("embedded", description="Local folder, hub id, `embedded`, or the name that a server gives it.")
+    tokenizer: str | None = Field(None, description="Folder of the teacher's tokenizer; the model's own when unset.")
+    revision: str | None = Field(None, description="Revision of the model; part of every key.")
+    quantization: str | None = Field(None, description="Quantisation of the weights; part of every key.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the forward.")
+    base_url: str | None = Field(None, description="`http(s)://host:port/v1` of a served teacher.")
+    api_key_env: str = Field("SPARKRAY_TEACHER_API_KEY", description="Environment variable that holds the API key.")
+    mode: ScoringMode = Field(
+        "prompt_logprobs",
+        description="`prompt_logprobs` and `echo` score the given tokens; `completion` can only continue them.",
+    )
+    max_model_tokens: int = Field(
+        16_384, ge=8, description="Context of the teacher; longer texts are cut with overlap."
+    )
+    overlap_tokens: int = Field(1_024, ge=0, description="Context that a window of a longer text sees again.")
+    gpu_memory_utilization: float = Field(0.80, gt=0, le=1, description="Share of the memory for an in-process vLLM.")
+    device: str = Field("cpu", description="torch device of an in-process transformers teacher.")
+
+    @model_validator(mode="after")
+    def _served_teachers_have_an_address(self) -> Self:
+        served = self.kind in ("vllm_remote", "api")
+        if served != (self.base_url is not None):
+            raise ValueError(f"kind={self.kind!r} {'needs' if served else 'takes no'} base_url")
+        if self.overlap_tokens >= self.max_model_tokens:
+            raise ValueError(
+                f"overlap_tokens={self.overlap_tokens} must be below max_model_tokens={self.max_model_tokens}"
+            )
+        return self
+
+
+class ClientConfig(Settings):
+    """How requests to a served teacher are bounded, repeated and counted."""
+
+    max_in_flight: int = Field(8, ge=1, le=256, description="Most requests at the same time.")
+    top_logprobs: int = Field(20, ge=1, le=1024, description="Log-probabilities asked for at a position.")
+    reduced_top_logprobs: int = Field(10, ge=1, description="What is asked for after the host said 429.")
+    successes_to_recover: int = Field(10, ge=1, description="Answers in a row after which the full number returns.")
+    request_timeout_seconds: float = Field(120.0, gt=0, description="Time limit of one attempt.")
+    deadline_seconds: float = Field(600.0, gt=0, description="Time limit of all attempts of one request.")
+    backoff_seconds: float = Field(0.5, gt=0, description="First pause; doubles with every attempt.")
+    max_backoff_seconds: float = Field(32.0, gt=0, description="Longest pause, unless Retry-After says more.")
+    prefetch_depth: int = Field(16, ge=1, le=4096, description="Requests that run ahead of the training loop.")
+
+    @model_validator(mode="after")
+    def _reduced_is_smaller(self) -> Self:
+        if self.reduced_top_logprobs > self.top_logprobs:
+            raise ValueError(
+                f"reduced_top_logprobs={self.reduced_top_logprobs} must not exceed top_logprobs={self.top_logprobs}"
+            )
+        return self
+
+
+class CacheConfig(Settings):
+    """The SQLite file that keeps answers of a teacher."""
+
+    path: Path = Field(Path("cache/teacher_scores.sqlite"), description="The file; its folder is made.")
+    read_only: bool = Field(False, description="Never write (`--kd-cache-ro`).")
+    ttl_seconds: float = Field(30 * 86_400.0, gt=0, description="Age above which a row is no answer any more.")
+    max_rows: int = Field(1_000_000, ge=1, description="Rows kept; the oldest go first.")
+    write_batch_rows: int = Field(64, ge=1, le=65_536, description="Rows of one transaction.")
+    busy_timeout_seconds: float = Field(10.0, gt=0, description="How long another process may hold the file.")
+
+
+class StoreConfig(Settings):
+    """The Parquet store of a teacher's rows for a packed corpus."""
+
+    top_logprobs: int = Field(20, ge=1, le=1024, description="Entries of the exact head.")
+    tail_draws: int = Field(4, ge=0, le=256, description="Tokens drawn from the rest, where full logits are at hand.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Temperature at which head and tail are taken.")
+    shard_sequences: int = Field(32, ge=1, le=65_536, description="Sequences in one file.")
+    seed: int = Field(0, ge=0, description="Seed of the draws.")
+
+
+class LossConfig(Settings):
+    """What the student is pulled towards."""
+
+    target: TargetKind = Field("sampled_tail", description="What stands for the teacher's tail.")
+    divergence: Divergence = Field("forward_kl", description="Distance between teacher and student.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Temperature of both; the loss is scaled by its square.")
+    skew: float = Field(0.1, gt=0, lt=1, description="Share of the other model in the skewed divergences.")
+    beta: float = Field(0.5, gt=0, lt=1, description="Share of the teacher in the Jensen-Shannon mixture.")
+    ce_weight: float = Field(0.5, ge=0, description="Weight of the cross entropy on the data.")
+    kd_weight: float = Field(0.5, ge=0, description="Weight of the distillation term.")
+    chunk_rows: int = Field(1024, ge=1, description="Rows whose logits stand in memory at a time.")
+
+    @model_validator(mode="after")
+    def _target_supports_divergence(self) -> Self:
+        if self.target == "sampled_tail" and self.divergence != "forward_kl":
+            raise ValueError(
+                f"target='sampled_tail' is an expectation under the teacher and supports forward_kl only;"
+                f" divergence={self.divergence!r} needs target='tail_bucket'"
+            )
+        if self.target == "renormalised" and self.divergence in ("reverse_kl", "skewed_reverse_kl"):
+            raise ValueError(
+                f"target='renormalised' gives the tail no mass, so divergence={self.divergence!r} is infinite or"
+                f" ill-defined; use target='tail_bucket'"
+            )
+        return self

@@ -1,0 +1,24 @@
+"""What a teacher can do wrong.
+
+UnavailableError
+├── TeacherRefusedError   401, 403, 404 or 400: asking again does not help
+├── TeacherReplyError     an answer that cannot be used: not JSON, too few positions, NaN
+└── TeacherDownError      no connection, 5xx or a time limit, after all attempts
+BusyError                 429 until the deadline
+"""
+
+from __future__ import annotations
+
+from sparkray.errors import UnavailableError
+
+
+class TeacherRefusedError(UnavailableError):
+    """The host refused the request; the same request will be refused again."""
+
+
+class TeacherReplyError(UnavailableError):
+    """The host answered something that is no score of the tokens that were sent."""
+
+
+class TeacherDownError(UnavailableError):
+    """The host could not be reached or kept failing until the deadline."""
