@@ -1,4 +1,4 @@
-"""`sparkray cluster`: check and launch the machines that a cluster.yaml names."""
+"""`sparkray cluster`: check and launch the machines that a cluster.yaml names, and reach a cluster that runs here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from sparkray.errors import EXIT_FAILED, SparkrayError
 
-app = typer.Typer(no_args_is_help=True, help="Check and launch the machines of a cluster.yaml.")
+app = typer.Typer(no_args_is_help=True, help="Check and launch the machines of a cluster.yaml; reach a cluster.")
 
 ClusterFile = Annotated[Path, typer.Argument(help="The cluster file.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -86,3 +86,22 @@ def check(
             )
     if num_problems:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def env(
+    name: Annotated[str | None, typer.Option("--name", help="The session; by default the one that runs.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Print what a shell needs for Ray's own commands: eval "$(sparkray cluster env)". The token stays in its file."""
+    import shlex
+
+    from sparkray.cluster.session import running_session
+    from sparkray.telemetry.console import print_json
+
+    variables = running_session(name).environment()
+    if json_output:
+        print_json(variables)
+        return
+    for key, value in variables.items():
+        typer.echo(f"export {key}={shlex.quote(value)}")

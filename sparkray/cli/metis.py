@@ -40,12 +40,51 @@ def profiles(profile_dir: _Folders = None, json: JsonFlag = False) -> None:
             f"lag-1 {profile.lag1:+.2f}\t{profile.num_tokens} tokens of {profile.num_streams} answers"
         )
     if not found:
-        typer.echo("no profiles: fit one with `sparkray metis fit`", err=True)
+        typer.echo("no profiles: record answers with `sparkray metis record`, then `sparkray metis fit`", err=True)
+
+
+@app.command()
+def record(
+    prompts: Annotated[Path, typer.Argument(help="JSONL: one object with `prompt` or `messages` a line.")],
+    out: Annotated[Path, typer.Option(help="JSONL file that the entropies are written to.")],
+    url: Annotated[str | None, typer.Option(help="Server; by default the running session's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model id; by default the server's first.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 192,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests under way at once.")] = 16,
+    json: JsonFlag = False,
+) -> None:
+    """Ask a served model ordinary questions and record how sure it was: what `fit` takes."""
+    from sparkray.metis.batch_input import read_prompts
+    from sparkray.serving.client import ChatClient
+    from sparkray.serving.record import record as record_answers
+    from sparkray.serving.record import write_recording
+    from sparkray.serving.status import default_url
+    from sparkray.telemetry.console import print_json
+    from sparkray.telemetry.progress import RunProgress
+
+    rows = read_prompts(prompts)
+    with ChatClient(url or default_url()) as client, RunProgress("answers", quiet=json) as progress:
+        answers = record_answers(
+            client,
+            rows,
+            model=model or client.models()[0],
+            temperature=temperature,
+            max_tokens=max_tokens,
+            concurrency=concurrency,
+        )
+        num_answers, num_tokens = write_recording(out, answers, lambda done: progress.update(done, len(rows)))
+    if json:
+        print_json({"path": str(out), "num_answers": num_answers, "num_tokens": num_tokens})
+        return
+    typer.echo(f"{num_tokens} tokens of {num_answers} answers, written to {out}; go on with `sparkray metis fit {out}`")
 
 
 @app.command()
 def fit(
-    recording: Annotated[Path, typer.Argument(help="Output of jobs/watch_prompts.py, or JSONL with `entropies`.")],
+    recording: Annotated[
+        Path, typer.Argument(help="What `record` or jobs/watch_prompts.py wrote, or JSONL with `entropies`.")
+    ],
     into: Annotated[Path, typer.Option(help="Folder that the profile is written below.")],
     model: Annotated[str | None, typer.Option(help="Name of the model; by default as recorded.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the sampling; by default as recorded.")] = None,

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from sparkray.cluster.processes import end_marked, free_port, is_alive, marked, port_is_free, spawn
 from sparkray.config.cluster import ClusterConfig
-from sparkray.errors import BusyError, NotFoundError, UnavailableError, WaitTimeoutError
+from sparkray.errors import BusyError, NotFoundError, UnavailableError, UsageError, WaitTimeoutError
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,34 @@ def find_session(name: str) -> Session:
             return session
     names = ", ".join(session.name for session in list_sessions()) or "none"
     raise NotFoundError(f"no session named {name!r} is recorded; recorded: {names}.")
+
+
+def running_session(name: str | None = None) -> Session:
+    """The running session of that name, or the only one that runs.
+
+    Raises:
+        NotFoundError: none of that name is recorded.
+        UnavailableError: it is not running, or none is.
+        UsageError: several are running and none is named.
+    """
+    if name is not None:
+        session = find_session(name)
+        if not session.alive:
+            raise UnavailableError(
+                f"session {name!r} is recorded, and not running any more.",
+                hint=f"Clear it away by `sparkray serve down --name {name}`.",
+            )
+        return session
+    alive = [session for session in list_sessions() if session.alive]
+    if not alive:
+        raise UnavailableError("no session is running.", hint="Start one by `sparkray serve up`.")
+    if len(alive) > 1:
+        raise UsageError(
+            f"{len(alive)} sessions are running: {', '.join(session.name for session in alive)}.",
+            hint="Choose one by --name.",
+            param="name",
+        )
+    return alive[0]
 
 
 def start_session(config: ClusterConfig, name: str = "default") -> Session:

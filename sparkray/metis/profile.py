@@ -114,7 +114,7 @@ class ReferenceProfile:
         if found != FORMAT_VERSION:
             raise UsageError(
                 f"{source} is not a reference profile of version {FORMAT_VERSION} (found: {found!r}).",
-                hint="Record it again with this version.",
+                hint="Fit it again with this version: `sparkray metis fit`.",
             )
         try:
             return cls(
@@ -195,7 +195,7 @@ class ProfileStore:
             raise NotFoundError(
                 f"no reference profile fits the model {slug!r} at temperature {temperature:g} and task {task!r} "
                 f"(stored: {', '.join(self.names()) or 'none'}).",
-                hint="Fit one to recorded entropies with `sparkray metis fit`, or use the detector 'metis'.",
+                hint="Make one with `sparkray metis record` and `sparkray metis fit`, or use the detector 'metis'.",
                 param="metis_profile",
             )
         return min(near, key=lambda profile: (abs(profile.temperature - temperature), profile.temperature))

@@ -1,4 +1,7 @@
-"""Recorded entropies on disk: a folder that `jobs/watch_prompts.py` wrote, or JSONL with `entropies` in each line."""
+"""Recorded entropies on disk: a folder that `jobs/watch_prompts.py` wrote, or JSONL with `entropies` in each line.
+
+`sparkray metis record` writes such lines; theirs say the model and the temperature too.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +38,15 @@ def read_recording(path: Path) -> Recording:
 
     Raises:
         NotFoundError: there is no such file or folder.
-        UsageError: it cannot be read as one, or the boost acted while it was recorded.
+        UsageError: it cannot be read as one, or its answers were made in different ways, or under the boost.
         InputError: a line's `entropies` are not a list of numbers.
     """
     if path.is_dir():
         return _read_folder(path)
     if path.is_file():
-        return Recording(tuple(_streams(_json_lines(path))))
+        return _read_lines(path)
     raise NotFoundError(
-        f"there is no recording {str(path)!r}.", hint="Give a folder of jobs/watch_prompts.py or a JSONL file."
+        f"there is no recording {str(path)!r}.", hint="Make one with `sparkray metis record` or jobs/watch_prompts.py."
     )
 
 
@@ -78,17 +81,28 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
+def _read_lines(path: Path) -> Recording:
+    rows, models, temperatures = [], set(), set()
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)["entropies"]
-            except (ValueError, KeyError, TypeError) as failure:
+                answer = json.loads(line)
+                rows.append(answer["entropies"])
+                models.add(answer.get("model"))
+                temperatures.add(answer.get("temperature"))
+            except (ValueError, KeyError, TypeError, AttributeError) as failure:
                 raise UsageError(
                     f"line {number} of {path} is not an object with `entropies`: {failure!r}."
                 ) from failure
+    for name, values in (("models", models), ("temperatures", temperatures)):
+        if len(values) > 1:
+            raise UsageError(
+                f"{path} holds answers of several {name}: {', '.join(sorted(map(str, values)))}.",
+                hint="A profile is of one model at one temperature: give each a file of its own.",
+            )
+    return Recording(tuple(_streams(rows)), *models, *temperatures)
 
 
 def _streams(rows: Iterable[Any]) -> Iterator[Stream]:
