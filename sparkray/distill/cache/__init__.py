@@ -1,0 +1,1 @@
+"""Answers of a teacher in one SQLite file, shared by processes."""

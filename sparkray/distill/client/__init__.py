@@ -1,0 +1,1 @@
+"""Asking a served teacher: bounded, patient, cached, ahead of time, and counted."""

@@ -1,0 +1,1 @@
+"""Teachers of one protocol: in this process, in an engine, on another machine, behind an API."""
