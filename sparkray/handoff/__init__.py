@@ -1,0 +1,1 @@
+"""Prefill here, decode there: keys and values of a prompt move between two engines while they are computed."""
