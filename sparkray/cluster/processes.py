@@ -38,11 +38,32 @@ def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            if process.pid != os.getpid() and _carries(process, mark):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     return found
+
+
+def _carries(process: psutil.Process, mark: str) -> bool:
+    block = Path(f"/proc/{process.pid}/environ")
+    try:
+        return holds_mark(block.read_bytes(), mark)
+    except FileNotFoundError:  # another system than Linux, or gone: psutil tells the two apart
+        return process.environ().get(MARK) == mark
+    except PermissionError as refused:
+        raise psutil.AccessDenied(process.pid) from refused
+    except ProcessLookupError as gone:
+        raise psutil.NoSuchProcess(process.pid) from gone
+
+
+def holds_mark(environment: bytes, mark: str) -> bool:
+    """Whether a process's block of `KEY=value` entries, each ended by a zero byte, has the mark.
+
+    A process that renames itself, as Ray's do, overwrites the start of its block with zeros. psutil takes a zero for
+    the end and sees an empty environment there.
+    """
+    return f"{MARK}={mark}".encode() in environment.split(b"\0")
 
 
 def end_marked(mark: str, *, first: int | None, patience_seconds: float = 15.0) -> int:
@@ -82,7 +103,7 @@ def is_alive(pid: int, mark: str) -> bool:
     """Whether `pid` lives and carries `mark`, so that a reused pid is not taken for ours."""
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+        return process.status() != psutil.STATUS_ZOMBIE and _carries(process, mark)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 

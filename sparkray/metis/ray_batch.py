@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
-from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from ray.data.llm import Processor, build_processor, vLLMEngineProcessorConfig
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 
 from sparkray.config.batch import WatchPromptsConfig
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # An engine that dies is started anew this often in one run; a model that kills its engine ends the run then.
 _MAX_ENGINE_RESTARTS = 2
+_ENGINE_STAGE = "vLLMEngineStage"
 _ASKED = ("id", "content", "digest")
 
 EngineArguments = Callable[..., dict[str, Any]]
@@ -118,7 +119,25 @@ def _pipeline(
     engine_arguments: EngineArguments,
     on_finish: FinishHook | None,
 ) -> Dataset:
-    on_cpu = _on_cpu(config)
+    processor = watched_processor(config, xargs, engine_arguments, on_finish, on_cpu=_on_cpu(config))
+    # A block is what comes back at once, so a block is a batch.
+    size = config.batch_size
+    blocks = [
+        pa.Table.from_pylist([{key: getattr(row, key) for key in _ASKED} for row in prompts[start : start + size]])
+        for start in range(0, len(prompts), size)
+    ]
+    return processor(ray.data.from_arrow(blocks))
+
+
+def watched_processor(
+    config: WatchPromptsConfig,
+    xargs: Mapping[str, Any],
+    engine_arguments: EngineArguments,
+    on_finish: FinishHook | None,
+    *,
+    on_cpu: bool,
+) -> Processor:
+    """Ray Data's processor for vLLM with `WatchedStageUDF` as the worker of its engine stage; see `answers`."""
     engine = config.engine
     processor = build_processor(
         vLLMEngineProcessorConfig(
@@ -139,11 +158,9 @@ def _pipeline(
         preprocess_map_kwargs={"num_cpus": 0.1},
         postprocess_map_kwargs={"num_cpus": 0.1},
     )
-    stage = processor.get_stage_by_name("vLLMEngineStage")
-    stage.fn = WatchedStageUDF
     metis = MetisConfig(max_trace_tokens=engine.max_model_len, profile_dir=config.profile_dir)
-    stage.fn_constructor_kwargs = {
-        **stage.fn_constructor_kwargs,
+    stage = processor.get_stage_by_name(_ENGINE_STAGE)
+    ours = {
         "sampling": {
             "max_tokens": config.max_tokens,
             "temperature": config.temperature,
@@ -155,14 +172,16 @@ def _pipeline(
         "chat": config.chat,
         "on_finish": on_finish,
     }
-    stage.map_batches_kwargs = {**stage.map_batches_kwargs, "max_restarts": _MAX_ENGINE_RESTARTS}
-    # A block is what comes back at once, so a block is a batch.
-    size = config.batch_size
-    blocks = [
-        pa.Table.from_pylist([{key: getattr(row, key) for key in _ASKED} for row in prompts[start : start + size]])
-        for start in range(0, len(prompts), size)
-    ]
-    return processor(ray.data.from_arrow(blocks))
+    # A copy, because setting a field makes the stage work out its resources anew, from a placement that it has
+    # already taken out of its arguments: it would then ask for a GPU.
+    processor.stages[_ENGINE_STAGE] = stage.model_copy(
+        update={
+            "fn": WatchedStageUDF,
+            "fn_constructor_kwargs": {**stage.fn_constructor_kwargs, **ours},
+            "map_batches_kwargs": {**stage.map_batches_kwargs, "max_restarts": _MAX_ENGINE_RESTARTS},
+        }
+    )
+    return processor
 
 
 def _on_cpu(config: WatchPromptsConfig) -> bool:

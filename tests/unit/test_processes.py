@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from sparkray.cluster.processes import end_marked, free_port, is_alive, marked, port_is_free, spawn
 
@@ -18,6 +19,15 @@ ORPHAN = """
 import subprocess, sys
 code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+"""
+
+# As a process does that renames itself: the title runs into the environment's first bytes, and zeros follow it.
+RENAMED = """
+import ctypes, pathlib, time
+env_start = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[47])
+ctypes.memset(env_start, 0, 8)
+print("up", flush=True)
+time.sleep(60)
 """
 
 
@@ -43,6 +53,19 @@ def test_a_stubborn_orphan_is_ended_and_a_bystander_is_not(tmp_path: Path) -> No
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux shows a process's environment")
+def test_a_process_that_overwrote_the_start_of_its_environment_is_still_ours(tmp_path: Path) -> None:
+    mark = f"test-{os.getpid()}-{time.time_ns()}"
+    log = tmp_path / "log"
+    pid = spawn([sys.executable, "-c", RENAMED], mark=mark, env={}, log_path=log)
+    wait_for(lambda: "up" in log.read_text())
+    assert psutil.Process(pid).environ() == {}
+    assert is_alive(pid, mark)
+    assert not is_alive(pid, mark[:-1])
+    assert [process.pid for process in marked(mark)] == [pid]
+    assert end_marked(mark, first=pid, patience_seconds=1.5) == 1
 
 
 def test_a_pid_without_the_mark_is_not_ours() -> None:
