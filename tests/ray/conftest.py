@@ -1,0 +1,116 @@
+"""One Ray cluster of two nodes for all tests of this folder: processes of its own, on this machine's loopback.
+
+    def test_x(cluster: RayCluster) -> None: ...        # over HTTP and by Ray's own commands
+    def test_y(ray_connection: None) -> None: ...       # `ray.remote` from the test's own process
+
+The first node is a session as `sparkray serve up` starts one; the second joins it. Each has its logical CPUs set by
+hand, so that actors find room on a machine with fewer cores. Every process carries the session's mark in its
+environment, and those alone are ended.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sparkray.cluster.processes import free_port, spawn
+from sparkray.cluster.session import Session, end_session, leftovers, start_session
+from sparkray.config.cluster import ClusterConfig
+
+NUM_CPUS_PER_NODE = 8
+_START_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The running cluster.
+
+    Attributes:
+        session: the head, its address, dashboard and token.
+        env: the environment in which Ray's commands reach it.
+    """
+
+    session: Session
+    env: dict[str, str]
+
+    def ray(self, *arguments: str, timeout_seconds: float) -> subprocess.CompletedProcess[str]:
+        """Run Ray's own command against this cluster."""
+        command = [str(Path(sys.executable).with_name("ray")), *arguments]
+        return subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARKRAY_STATE", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        config = ClusterConfig(
+            num_cpus=NUM_CPUS_PER_NODE,
+            object_store_gib=0.2,
+            dashboard_port=free_port(),
+            start_timeout_seconds=_START_SECONDS,
+        )
+        session = start_session(config, name="tests")
+        try:
+            _start_second_node(session)
+            yield RayCluster(session, {**os.environ, **session.environment()})
+        finally:
+            end_session(session)
+    assert leftovers(session) == []
+
+
+@pytest.fixture(scope="session")
+def ray_connection(cluster: RayCluster) -> Iterator[None]:
+    """This process as a driver of the cluster."""
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.session.environment().items():
+            patch.setenv(name, value)
+        # Ray reads these two once, when it is first imported, which another test may have done.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        ray.init(address=cluster.session.address, logging_level="ERROR", log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start_second_node(session: Session) -> None:
+    """Join a node to the session and wait until the head counts it."""
+    log_path = Path(session.temp_dir) / "node-2.log"
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--block",
+        f"--address={session.address}",
+        "--node-ip-address=127.0.0.2",
+        f"--num-cpus={NUM_CPUS_PER_NODE}",
+        "--object-store-memory=200000000",
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--metrics-export-port={free_port()}",
+        "--labels=sparkray.io/role=worker",
+    ]
+    environment = {
+        **session.environment(),
+        "RAY_ADDRESS": "",
+        "RAY_memory_monitor_refresh_ms": "0",
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+    }
+    spawn(command, mark=session.mark, env=environment, log_path=log_path)
+    deadline = time.monotonic() + _START_SECONDS
+    while "Ray runtime started" not in log_path.read_text(errors="replace"):
+        assert time.monotonic() < deadline, f"the second node did not start: {log_path.read_text(errors='replace')}"
+        time.sleep(0.5)
