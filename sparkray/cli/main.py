@@ -7,7 +7,7 @@ import os
 import typer
 
 from sparkray import __version__
-from sparkray.cli import chat, cluster, demo, doctor, metis, models, poc, prune, serve
+from sparkray.cli import chat, cluster, demo, doctor, metis, models, plan, poc, prune, serve
 from sparkray.cli.entry import run_guarded
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(cluster.app, name="cluster")
 app.command("demo")(demo.demo)
 app.add_typer(metis.app, name="metis")
 app.add_typer(models.app, name="models")
+app.command("plan")(plan.plan)
 app.add_typer(poc.app, name="poc")
 app.add_typer(prune.app, name="prune")
 app.command("doctor")(doctor.doctor)
