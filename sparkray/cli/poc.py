@@ -60,7 +60,7 @@ def generate(
         task = bar.add_task("nonces", total=count)
         done = local.generate(settings, count, lambda total: bar.update(task, completed=total))
     body = done.batch.to_wire()
-    if done.digests:
+    if done.digests is not None:
         body["digests"] = list(done.digests)
     if out is not None:
         partial = out.with_name(out.name + ".partial")

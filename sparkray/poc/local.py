@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -27,15 +27,15 @@ class Generated:
 
     Attributes:
         batch: the valid nonces.
-        digests: in the hardened mode, the digest of each of them.
         monitor: raw and valid counts, and the self-test.
-        seconds: from the first batch's submission to the last one's result.
+        seconds: start included.
+        digests: in the hardened mode the digest of each of them, else None.
     """
 
     batch: ProofBatch
     monitor: ShareMonitor
     seconds: float
-    digests: tuple[str, ...] = field(default=())
+    digests: tuple[str, ...] | None
 
 
 def make_engine(config: PocConfig) -> Engine:
@@ -70,7 +70,8 @@ def generate(config: PocConfig, num_nonces: int, progress: Progress = lambda _: 
     batch = ProofBatch(
         config.public_key, config.block_hash, config.block_height, tuple(kept), tuple(dist), config.node_id
     )
-    return Generated(batch, monitor, time.perf_counter() - started, tuple(digests))
+    seconds = time.perf_counter() - started
+    return Generated(batch, monitor, seconds, tuple(digests) if config.mode == "hardened" else None)
 
 
 def verify_hardened(config: PocConfig, batch: ProofBatch, digests: Iterable[str]) -> list[bool]:
