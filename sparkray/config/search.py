@@ -74,10 +74,10 @@ class RecordConfig(Settings):
 
     model: str = Field("embedded", min_length=1)
     tasks: tuple[str, ...] = Field((), description="Names of tasks; none means all that are packaged.")
-    num_calibration: int = Field(40, ge=0, le=100_000, description="Questions a task in the calibration split.")
+    num_calibration: int = Field(80, ge=0, le=100_000, description="Questions a task in the calibration split.")
     num_held_out: int = Field(50, ge=0, le=100_000, description="Questions a task in the held-out split.")
     num_paths: int = Field(32, ge=1, le=1024)
     temperature: float = Field(0.7, gt=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(64, ge=1)
-    max_running: int = Field(64, ge=1, le=4096, description="Paths in flight.")
+    max_running: int = Field(160, ge=1, le=4096, description="Paths in flight.")

@@ -19,7 +19,7 @@ SEEDS = {"calibration": 20_001, "held_out": 70_001}
 STOP = ("\n",)
 """Where a path ends: answers stand on one line."""
 
-_MAX_CALIBRATION = 60
+_MAX_CALIBRATION = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,20 +158,6 @@ TASKS = (
             ("What is 20 * 4?", "20 * 4 = 80. The answer is 80."),
             ("What is 7 * 9?", "7 * 9 = 63. The answer is 63."),
             ("What is 5 * 12?", "5 * 12 = 60. The answer is 60."),
-        ),
-    ),
-    Task(
-        name="products_easy",
-        generator="products",
-        settings={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-        answer_kind="number",
-        pattern=r"(\d+) \* (\d+)",
-        question="What is {0} * {1}?",
-        examples=(
-            ("What is 3 * 6?", "3 * 6 = 18. The answer is 18."),
-            ("What is 8 * 5?", "8 * 5 = 40. The answer is 40."),
-            ("What is 7 * 9?", "7 * 9 = 63. The answer is 63."),
-            ("What is 4 * 2?", "4 * 2 = 8. The answer is 8."),
         ),
     ),
     Task(
