@@ -203,6 +203,8 @@ def _head_environment() -> dict[str, str]:
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
         # Ray's memory monitor sees process memory only and kills the engine on unified memory; doctor watches instead.
         "RAY_memory_monitor_refresh_ms": "0",
+        # Ray runs workers at niceness 15; a replica would give way to anything else on the machine that serves it.
+        "RAY_worker_niceness": "0",
         "PYTHONWARNINGS": "ignore",
         # Jobs are submitted as `python jobs/...`: that python is the one that runs here.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
