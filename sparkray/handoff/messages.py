@@ -147,6 +147,7 @@ class Generate:
         rows_timeout_seconds: how long to wait for the next rows before computing them here.
         confirm: whether a CONFIRM follows, and the first token waits for it.
         stop_ids: tokens that end the answer; they are not given out.
+        purpose: "canary" compares the rows that come with rows computed here, and answers with the report.
     """
 
     request: str
@@ -162,7 +163,7 @@ class Generate:
     rows_timeout_seconds: float = 20.0
     confirm: bool = False
     stop_ids: tuple[int, ...] = ()
-    logprobs: bool = False
+    purpose: Literal["serve", "canary"] = "serve"
 
     kind = FrameKind.GENERATE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def folder_lineage(folder: Path) -> str:
     """Hash of the norm gains: before attention and feed-forward of every layer, then the last one."""
     num_layers = int(read_config(folder)["num_hidden_layers"])
     names = [f"model.layers.{layer}.{norm}.weight" for layer in range(num_layers) for norm in _NORMS]
-    return lineage_hash(_read_tensors(folder, [*names, "model.norm.weight"]))
+    return lineage_hash(map(TensorFolder(folder), [*names, "model.norm.weight"]))
 
 
 def folder_weights(folder: Path) -> str:
@@ -58,21 +58,36 @@ def folder_weights(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def _read_tensors(folder: Path, names: list[str]) -> Iterator[Floats]:
-    index: dict[str, tuple[Path, int, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        index |= {name: (path, 8 + size, entry) for name, entry in header.items() if name != "__metadata__"}
-    for name in names:
-        if name not in index:
-            raise InputError(f"{folder} holds no tensor {name}, which its configuration announces.")
-        path, base, entry = index[name]
+class TensorFolder:
+    """Tensors of a folder's safetensors files by name, each read when it is asked for, as float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._index: dict[str, tuple[Path, int, Any]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))
+            self._index |= {name: (path, 8 + size, entry) for name, entry in header.items() if name != "__metadata__"}
+
+    @property
+    def names(self) -> Set[str]:
+        return self._index.keys()
+
+    def __call__(self, name: str) -> Floats:
+        """One tensor.
+
+        Raises:
+            InputError: it is not there, or is quantised.
+        """
+        if name not in self._index:
+            raise InputError(f"{self._folder} holds no tensor {name}, which its configuration announces.")
+        path, base, entry = self._index[name]
         if entry["dtype"] not in _DTYPES:
             raise InputError(f"{name} in {path} has type {entry['dtype']}; {', '.join(_DTYPES)} are read.")
         dtype, storage = _DTYPES[entry["dtype"]]
         first, last = entry["data_offsets"]
         with path.open("rb") as file:
             file.seek(base + first)
-            yield to_float32(np.frombuffer(file.read(last - first), storage), dtype)
+            array = to_float32(np.frombuffer(file.read(last - first), storage), dtype)
+        return array.reshape(entry["shape"])
