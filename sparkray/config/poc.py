@@ -162,3 +162,30 @@ class PocConfig(Settings):
         if self.node_id >= self.node_count:
             raise ValueError(f"node_id={self.node_id} must be below node_count={self.node_count}")
         return self
+
+
+class PocServiceConfig(Settings):
+    """The service of proof of compute: its groups, its bounds and its callbacks."""
+
+    state_dir: str = Field(
+        "~/.local/state/sparkray/poc", min_length=1, description="Folder of the ledger, on the node of the replica."
+    )
+    weights: WeightsConfig = Field(WeightsConfig(), description="How weights are drawn; consensus.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: CUDA where the cluster has some.")
+    num_groups: int | None = Field(None, ge=1, le=4096, description="Groups; empty: as many as the devices make.")
+    num_cpus_per_group: float = Field(1.0, gt=0, le=1024, description="Logical CPUs that Ray sets aside for a group.")
+    batch_size: int | None = Field(None, ge=1, le=65_536, description="Nonces in a batch; empty: measured.")
+    num_prep_threads: int = Field(2, ge=1, le=256, description="Threads of a group that make inputs ahead.")
+    prep_depth: int = Field(3, ge=1, le=64, description="Batches of a group that are made ahead.")
+    max_buffered_batches: int = Field(64, ge=1, le=4096, description="Computed batches that a group holds, at most.")
+    poll_seconds: float = Field(0.5, gt=0, le=60, description="Between two questions to a group.")
+    max_unsent: int = Field(10_000, ge=1, description="Callbacks that may wait; beyond it generation pauses.")
+    max_batches: int = Field(1000, ge=1, description="Received batches that may wait for their verdict.")
+    max_batch_nonces: int = Field(100_000, ge=1, description="Nonces of one received batch, at most.")
+    deadline_seconds: float = Field(900.0, gt=0, description="After this a received batch is answered as not judged.")
+    phase_timeout_seconds: float = Field(30.0, gt=0, description="How long a request waits for all groups to follow.")
+    load_patience_seconds: float = Field(120.0, gt=0, description="Then loaded groups begin without the others.")
+    stop_timeout_seconds: float = Field(60.0, gt=0, description="Time to record everything when groups are stopped.")
+    callback_timeout_seconds: float = Field(10.0, gt=0, description="Time limit of one callback.")
+    callback_interval_seconds: float = Field(1.0, gt=0, description="Between two looks at the outbox.")
+    max_backoff_seconds: float = Field(30.0, gt=0, description="Longest pause after failed callbacks.")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sparkray.errors import SparkrayError, UnavailableError
+from sparkray.errors import SparkrayError, UnavailableError, WaitTimeoutError
 from sparkray.poc.fleet.barrier import Barrier
 from sparkray.poc.fleet.desk import ValidationDesk
 from sparkray.poc.fleet.ledger import Ledger
@@ -116,6 +116,10 @@ class Controller:
         return all(seat.loaded for seat in self.seats)
 
     @property
+    def any_loaded(self) -> bool:
+        return any(seat.loaded for seat in self.seats)
+
+    @property
     def num_computed(self) -> int:
         """Nonces computed by all workers that ever sat here, as far as they told."""
         return sum(seat.num_computed + (seat.report.num_computed if seat.report else 0) for seat in self.seats)
@@ -178,12 +182,36 @@ class Controller:
                 seat.handle.end()
                 seat.handle = None
 
+    def summary(self) -> dict[str, Any]:
+        """How far everything is, as plain values."""
+        loaded = [seat for seat in self.seats if seat.loaded]
+        failures = {str(seat.group_id): seat.last_failure for seat in self.seats if seat.last_failure}
+        return {
+            "num_groups": self.num_groups,
+            "num_loaded": len(loaded),
+            "generation": self.generation,
+            "num_computed": self.num_computed,
+            "num_valid": self.monitor.num_valid,
+            "num_recorded": self.monitor.num_total,
+            "share_z_score": round(max(-1e6, min(1e6, self.monitor.z_score)), 3),
+            "share_alarm": self.monitor.alarm,
+            "cursors": [seat.cursor for seat in self.seats],
+            "num_restarts": sum(max(0, seat.num_launches - 1) for seat in self.seats),
+            "num_batches_waiting": self.desk.num_open,
+            "num_chunks_waiting": self.desk.pool.num_open,
+            "ledger_error": self.ledger_error,
+            "last_failures": failures,
+        }
+
     def _take_ack(self, seat: Seat, now: float) -> None:
         if seat.acking is None or not seat.acking.done():
             return
         acking, seat.acking = seat.acking, None
         failure = acking.exception()
-        if failure is not None:
+        if isinstance(failure, WaitTimeoutError) and seat.handle is not None:
+            # Its batch takes long: it is asked again, and will answer when that is done.
+            seat.acking = self._watched(seat.handle.set_phase(self.phase, self.generation))
+        elif failure is not None:
             self._lose(seat, str(failure), now)
         elif self.barrier is not None:
             self.barrier.acknowledge(acking.result(), now)
@@ -225,6 +253,8 @@ class Controller:
 
     def _answer(self, now: float) -> None:
         for receipt, body in self.desk.answers(now):
+            if self.ledger.num_unsent() >= self.limits.max_unsent:
+                return  # they stay open, and new ones are refused when too many are
             try:
                 self.ledger.enqueue(receipt.key, f"{self.run.url}/validated", body)
             except UnavailableError as failure:

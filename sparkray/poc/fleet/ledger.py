@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     attempts INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL DEFAULT 0, sent INTEGER NOT NULL DEFAULT 0,
     last_error TEXT
 );
+CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, body TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS outbox_due ON outbox (sent, due);
 """
 
@@ -131,13 +132,29 @@ class Ledger:
         with _Transaction(self._db, self._lock) as db:
             _enqueue(db, key, url, body)
 
-    def due(self, now: float, limit: int) -> list[Delivery]:
-        """Callbacks to try now, the oldest first."""
+    def remember(self, name: str, body: Mapping[str, Any]) -> None:
+        """Write a note down, over an earlier one of that name.
+
+        Raises:
+            UnavailableError: it was not written.
+        """
+        with _Transaction(self._db, self._lock) as db:
+            db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(dict(body))))
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """The note of that name."""
+        with self._lock:
+            row = self._db.execute("SELECT body FROM notes WHERE name = ?", (name,)).fetchone()
+        return None if row is None else dict(json.loads(row[0]))
+
+    def due(self, now: float, limit: int, except_urls: Sequence[str] = ()) -> list[Delivery]:
+        """Callbacks to try now, the oldest first; none to the addresses of `except_urls`."""
+        marks = ", ".join("?" * len(except_urls))
         with self._lock:
             rows = self._db.execute(
                 "SELECT sequence, key, url, body, attempts FROM outbox WHERE sent = 0 AND due <= ?"
-                " ORDER BY sequence LIMIT ?",
-                (now, limit),
+                f" AND url NOT IN ({marks}) ORDER BY sequence LIMIT ?",
+                (now, *except_urls, limit),
             ).fetchall()
         return [Delivery(*row) for row in rows]
 
@@ -154,6 +171,11 @@ class Ledger:
                 "UPDATE outbox SET attempts = attempts + 1, due = ?, last_error = ? WHERE sequence = ?",
                 (due, error[:500], delivery.sequence),
             )
+
+    def attempts(self) -> int:
+        """Attempts so far of the callbacks that are not confirmed."""
+        with self._lock:
+            return int(self._db.execute("SELECT TOTAL(attempts) FROM outbox WHERE sent = 0").fetchone()[0])
 
     def num_unsent(self) -> int:
         """Callbacks that are not confirmed."""
