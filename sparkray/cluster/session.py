@@ -205,9 +205,21 @@ def _head_environment() -> dict[str, str]:
         "RAY_memory_monitor_refresh_ms": "0",
         # Ray runs workers at niceness 15; a replica would give way to anything else on the machine that serves it.
         "RAY_worker_niceness": "0",
+        **_thread_environment(),
         "PYTHONWARNINGS": "ignore",
         # Jobs are submitted as `python jobs/...`: that python is the one that runs here.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
+    }
+
+
+def _thread_environment() -> dict[str, str]:
+    """vLLM pins every engine of a machine to the same cores by default, so two replicas would share half of them."""
+    num_threads = max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(num_threads)),
+        # Threads that wait in a loop take the cores from the ones that they wait for.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
     }
 
 
