@@ -18,18 +18,28 @@ _ALIGNED_ELEMENTS = 8
 
 
 def load_weights(
-    block_hash: str, params: ModelParams, weights: WeightsConfig, device: torch.device, dtype: torch.dtype
+    block_hash: str,
+    params: ModelParams,
+    weights: WeightsConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: frozenset[str] | None = None,
 ) -> ReadWeight:
     """Draw the weights of `block_hash` and give a reader of them by parameter name.
 
     Args:
         device: where they shall lie.
         dtype: float16, or float32 for values that are float16 all the same.
+        names: the parameters that will be read; None means all.
     """
     if weights.pool_fraction is None:
-        return _whole(block_hash, params, device)
+        return _whole(block_hash, params, device, names)
     pool = torch.from_numpy(draw_pool(block_hash, params, weights.pool_fraction))
-    layout = pool_layout(block_hash, params, weights.pool_fraction)
+    layout = {
+        name: place
+        for name, place in pool_layout(block_hash, params, weights.pool_fraction).items()
+        if _is_read(name, names)
+    }
     return _pooled(pool.to(device, dtype), layout, parameter_shapes(params))
 
 
@@ -42,8 +52,6 @@ def _pooled(pool: torch.Tensor, layout: dict[str, Placement], shapes: dict[str, 
     copies = [pool, *(pool[shift:].clone() for shift in range(1, num_copies))]
     tensors: dict[str, torch.Tensor] = {}
     for name, place in layout.items():
-        if name == "tok_embeddings.weight":
-            continue  # drawn by the protocol, used by nobody
         if place.branch == "slice":
             shift = place.start % num_copies
             flat = copies[shift][place.start - shift :][: place.numel]
@@ -54,11 +62,16 @@ def _pooled(pool: torch.Tensor, layout: dict[str, Placement], shapes: dict[str, 
     return tensors.__getitem__
 
 
-def _whole(block_hash: str, params: ModelParams, device: torch.device) -> ReadWeight:
+def _is_read(name: str, names: frozenset[str] | None) -> bool:
+    # The embedding is drawn by the protocol and used by nobody.
+    return name != "tok_embeddings.weight" and (names is None or name in names)
+
+
+def _whole(block_hash: str, params: ModelParams, device: torch.device, names: frozenset[str] | None) -> ReadWeight:
     # Kept in float16 even where the computation is float32: twice the memory would buy nothing but the cast.
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(values)).to(device)
         for name, values in draw_sequential(block_hash, params)
-        if name != "tok_embeddings.weight"
+        if _is_read(name, names)
     }
     return tensors.__getitem__

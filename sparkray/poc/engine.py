@@ -14,7 +14,8 @@ from sparkray.config.poc import ModelParams, WeightsConfig
 from sparkray.poc.device_weights import load_weights
 from sparkray.poc.devices import resolve_device
 from sparkray.poc.inputs import draw_target
-from sparkray.poc.model import Transformer
+from sparkray.poc.model import ReadWeight, Transformer
+from sparkray.poc.pipeline import PipelinedTransformer
 from sparkray.poc.prep import PrepRing, Slot
 from sparkray.poc.steps import CpuStep, CudaStep, Pending, Step
 from sparkray.poc.tuning import choose_batch_size, memory_bound
@@ -41,7 +42,8 @@ class Engine:
         batch_size: nonces in a batch; None measures which size is fastest within the memory that is free.
         prep_threads: threads that make inputs ahead.
         prep_depth: batches that are made ahead.
-        graphs: CUDA graphs, on CUDA.
+        graphs: CUDA graphs, on CUDA and one device.
+        num_devices: neighbouring devices, from `device` on, that share the blocks; on a CPU they are logical.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         prep_threads: int = DEFAULT_PREP_THREADS,
         prep_depth: int = DEFAULT_PREP_DEPTH,
         graphs: bool = True,
+        num_devices: int = 1,
     ) -> None:
         self.block_hash = block_hash
         self.params = params
@@ -67,15 +70,26 @@ class Engine:
             # Sums of products stay in float32 all the way, or distances would depend on how a kernel splits them.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         dtype = torch.float16 if on_cuda else torch.float32
-        read = load_weights(block_hash, params, weights, self.device, dtype)
-        self._model = Transformer(params, read, self.device, dtype)
+        self._model = self._load(num_devices, dtype)
         self._target_V = torch.from_numpy(draw_target(block_hash, params.vocab_size))
         self.batch_size = batch_size or choose_batch_size(self._model, memory_bound(params, self.device))
         self._step: Step = (
-            CudaStep(self._model, self._target_V, self.batch_size, graphs=graphs)
+            CudaStep(self._model, self._target_V, self.batch_size, graphs=graphs and num_devices == 1)
             if on_cuda
             else CpuStep(self._model, self._target_V)
         )
+
+    def _load(self, num_devices: int, dtype: torch.dtype) -> Transformer | PipelinedTransformer:
+        def load(names: frozenset[str] | None, device: torch.device) -> ReadWeight:
+            return load_weights(self.block_hash, self.params, self.weights, device, dtype, names)
+
+        if num_devices == 1:
+            return Transformer(self.params, load(None, self.device), self.device, dtype)
+        first = self.device.index or 0
+        devices = [self.device] * num_devices
+        if self.device.type == "cuda":
+            devices = [resolve_device(f"cuda:{first + offset}") for offset in range(num_devices)]
+        return PipelinedTransformer(self.params, load, devices, dtype)
 
     def stream(self, public_key: str, nonces: Iterable[int]) -> Generator[Computed]:
         """Distances of `nonces` (endless ones too), batch by batch in their order.

@@ -9,6 +9,7 @@ Shapes: B nonces, S positions, D dim, H heads, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -19,6 +20,16 @@ from sparkray.poc.rope import rope_table, rotate
 _CACHE_ELEMENTS = 1 << 19
 
 ReadWeight = Callable[[str], torch.Tensor]
+
+
+class Forward(Protocol):
+    """A forward pass, on one device or over several."""
+
+    params: ModelParams
+    device: torch.device
+    dtype: torch.dtype
+
+    def last_logits(self, inputs_BSD: torch.Tensor) -> torch.Tensor: ...
 
 
 class Transformer:
@@ -48,9 +59,23 @@ class Transformer:
             layers: the blocks to run, in order; None runs all. Fewer is the shortcut that a fraud would take.
         """
         chosen = range(self.params.n_layers) if layers is None else layers
-        hidden_BSD = inputs_BSD.to(self.dtype)
-        for position, layer in enumerate(chosen):
-            hidden_BSD = self._block(hidden_BSD, layer, last_only=position == len(chosen) - 1)
+        return self.head(self.blocks(inputs_BSD, chosen, with_last=True))
+
+    @torch.inference_mode()
+    def blocks(self, hidden_BSD: torch.Tensor, layers: Sequence[int], *, with_last: bool) -> torch.Tensor:
+        """The state after some blocks.
+
+        Args:
+            with_last: the last of them is the model's last: it gives the last position alone, (B, 1, D).
+        """
+        hidden_BSD = hidden_BSD.to(self.dtype)
+        for position, layer in enumerate(layers):
+            hidden_BSD = self._block(hidden_BSD, layer, last_only=with_last and position == len(layers) - 1)
+        return hidden_BSD
+
+    @torch.inference_mode()
+    def head(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """Logits of the last position, (B, V) float32."""
         last_BD = self._norm(hidden_BSD[:, -1], "norm.weight")
         return functional.linear(last_BD, self._weight("output.weight")).float()
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from sparkray.poc.distance import distances
-from sparkray.poc.model import Transformer
+from sparkray.poc.model import Forward
 from sparkray.poc.prep import Slot
 
 Float64Array = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ class Step(Protocol):
 class CpuStep:
     """Computes at once, and only the rows that hold nonces."""
 
-    def __init__(self, model: Transformer, target_V: torch.Tensor) -> None:
+    def __init__(self, model: Forward, target_V: torch.Tensor) -> None:
         self._model = model
         self._target_V = target_V
 
@@ -69,7 +69,7 @@ class CudaStep:
         graphs: capture CUDA graphs; without them the kernels are launched one by one.
     """
 
-    def __init__(self, model: Transformer, target_V: torch.Tensor, batch_size: int, *, graphs: bool = True) -> None:
+    def __init__(self, model: Forward, target_V: torch.Tensor, batch_size: int, *, graphs: bool = True) -> None:
         self._model = model
         self._target_V = target_V.to(model.device)
         self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
@@ -117,7 +117,7 @@ class CudaStep:
 class _Buffer:
     """Fixed addresses on the device for one batch in flight."""
 
-    def __init__(self, model: Transformer, batch_size: int) -> None:
+    def __init__(self, model: Forward, batch_size: int) -> None:
         params, device = model.params, model.device
         self.inputs_BSD = torch.zeros(batch_size, params.seq_len, params.dim, dtype=torch.float16, device=device)
         self.orders_BV = torch.arange(params.vocab_size, dtype=torch.int32, device=device).repeat(batch_size, 1)

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from sparkray.config.poc import ModelParams
-from sparkray.poc.model import Transformer
+from sparkray.poc.model import Forward
 
 MAX_BATCH_SIZE = 4096
 MEMORY_SHARE = 0.9
@@ -33,7 +33,7 @@ def memory_bound(params: ModelParams, device: torch.device) -> int:
     return max(1, min(MAX_BATCH_SIZE, int(free * MEMORY_SHARE) // activation_bytes(params, device.type)))
 
 
-def choose_batch_size(model: Transformer, bound: int) -> int:
+def choose_batch_size(model: Forward, bound: int) -> int:
     """The smallest power of two (or `bound`) that no larger size beats by 3 %, measured for a few seconds."""
 
     def measure(batch_size: int) -> float:
@@ -72,7 +72,7 @@ def sweep(measure: Callable[[int], float], bound: int, seconds: float) -> int:
     return best
 
 
-def _timed(model: Transformer, inputs_BSD: torch.Tensor) -> float:
+def _timed(model: Forward, inputs_BSD: torch.Tensor) -> float:
     started = time.perf_counter()
     # Reading one value back waits for a GPU.
     model.last_logits(inputs_BSD)[0, 0].item()

@@ -1,0 +1,13 @@
+"""Serve builder of proof of compute: `serve deploy serve_apps/poc.yaml`, or `serve run serve_apps.poc:build`."""
+
+from __future__ import annotations
+
+from ray.serve.deployment import Application
+
+from sparkray.config.poc import PocServiceConfig
+from sparkray.poc.deployment import build_app
+
+
+def build(args: PocServiceConfig) -> Application:
+    """The application for `args`; Serve parses them into PocServiceConfig by this annotation."""
+    return build_app(args)

@@ -1,0 +1,240 @@
+"""The Ray edge of a fleet: one actor a group, each on a placement group of its own.
+
+A group's devices are one bundle, so they are always of one node, and a lost node takes its own groups alone: Ray
+places those bundles anew as soon as there is room, and the controller launches workers that go on from the record.
+"""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from sparkray.config.poc import PocServiceConfig
+from sparkray.errors import SparkrayError, UnavailableError
+from sparkray.poc.fleet.controller import Controller, FleetLimits
+from sparkray.poc.fleet.ledger import Ledger
+from sparkray.poc.fleet.messages import Ack, CheckChunk, GroupPlace, Run, WorkerHandle, WorkerLostError, WorkerReport
+from sparkray.poc.fleet.runner import STOP_TIMEOUT_SECONDS, FleetRunner
+from sparkray.poc.fleet.worker import GroupWorker
+from sparkray.poc.groups import create_gpu_groups, get_min_group_vram
+from sparkray.poc.phases import Phase
+
+# A phase change waits in one call, questions come beside it, and one is in reserve.
+_CALLS_AT_ONCE = 4
+_PROBE_SECONDS = 60.0
+_GIB = 1024**3
+
+AnswerT = TypeVar("AnswerT")
+
+
+class PocGroupActor:
+    """A group's worker in a process of its own."""
+
+    def __init__(
+        self, run: Run, place: GroupPlace, phase: Phase, generation: int, config: PocServiceConfig, num_gpus: int
+    ) -> None:
+        def make_engine() -> Any:
+            from sparkray.poc.engine import Engine
+
+            return Engine(
+                run.block_hash,
+                run.params,
+                run.weights,
+                # Ray shows a process its own GPUs alone, so they are always the first ones.
+                device="cuda" if num_gpus else "cpu",
+                num_devices=max(1, num_gpus),
+                batch_size=config.batch_size,
+                prep_threads=config.num_prep_threads,
+                prep_depth=config.prep_depth,
+            )
+
+        self._worker = GroupWorker(run, place, phase, generation, make_engine, config.max_buffered_batches)
+        self._worker.start()
+
+    def set_phase(self, phase: Phase, generation: int) -> Ack:
+        """See GroupWorker."""
+        return self._worker.set_phase(phase, generation)
+
+    def collect(self, committed: int) -> WorkerReport:
+        """See GroupWorker."""
+        return self._worker.collect(committed)
+
+    def check(self, chunks: tuple[CheckChunk, ...]) -> None:
+        """See GroupWorker."""
+        self._worker.check(chunks)
+
+
+class RayHandle:
+    """An actor as the controller sees it: futures of this process instead of references of Ray."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def set_phase(self, phase: Phase, generation: int) -> Future[Ack]:
+        return _plain(self.actor.set_phase.remote(phase, generation))
+
+    def collect(self, committed: int) -> Future[WorkerReport]:
+        return _plain(self.actor.collect.remote(committed))
+
+    def check(self, chunks: tuple[CheckChunk, ...]) -> Future[None]:
+        return _plain(self.actor.check.remote(chunks))
+
+    def end(self) -> None:
+        ray.kill(self.actor, no_restart=True)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """What Ray sets aside for one group.
+
+    Attributes:
+        num_gpus: 0 for the CPU.
+    """
+
+    num_gpus: int
+    num_cpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.num_cpus, **({"GPU": float(self.num_gpus)} if self.num_gpus else {})}
+
+
+class RayLauncher:
+    """Launches workers on placement groups that live as long as the launcher."""
+
+    def __init__(self, shapes: list[GroupShape], config: PocServiceConfig) -> None:
+        self._config = config
+        self._shapes = shapes
+        # SPREAD has no say in a group of one bundle; the default packs, so nodes fill one after the other.
+        self._places: list[PlacementGroup] = [placement_group([shape.bundle]) for shape in shapes]
+
+    def __call__(self, run: Run, place: GroupPlace, phase: Phase, generation: int) -> WorkerHandle:
+        shape = self._shapes[place.group_id]
+        actor = (
+            ray.remote(PocGroupActor)
+            .options(
+                num_cpus=shape.num_cpus,
+                num_gpus=shape.num_gpus,
+                max_concurrency=_CALLS_AT_ONCE,
+                # The controller restarts it, since only the record knows where to go on.
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._places[place.group_id]),
+            )
+            .remote(run, place, phase, generation, self._config, shape.num_gpus)
+        )
+        return RayHandle(actor)
+
+    def close(self) -> None:
+        """Give the resources back."""
+        for place in self._places:
+            remove_placement_group(place)
+
+
+class RayFleet(FleetRunner):
+    """A fleet whose workers are actors; their places go with it."""
+
+    def __init__(self, controller: Controller, launcher: RayLauncher) -> None:
+        super().__init__(controller)
+        self._launcher = launcher
+
+    def stop(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> bool:
+        """See FleetRunner."""
+        drained = super().stop(timeout_seconds)
+        self._launcher.close()
+        return drained
+
+
+def start_fleet(run: Run, ledger: Ledger, config: PocServiceConfig) -> RayFleet:
+    """Launch the groups of a run on the connected cluster; returns before they are loaded.
+
+    Raises:
+        UnavailableError: no device of the cluster can hold the model.
+    """
+    shapes = group_shapes(run, config)
+    launcher = RayLauncher(shapes, config)
+    limits = FleetLimits(
+        poll_seconds=config.poll_seconds,
+        max_unsent=config.max_unsent,
+        max_batches=config.max_batches,
+        deadline_seconds=config.deadline_seconds,
+    )
+    fleet = RayFleet(Controller(run, len(shapes), ledger, launcher, limits), launcher)
+    fleet.start()
+    return fleet
+
+
+def group_shapes(run: Run, config: PocServiceConfig) -> list[GroupShape]:
+    """The groups that the cluster's devices make, or as many as the settings ask for.
+
+    Raises:
+        UnavailableError: CUDA was asked for and there is none, or no group of devices can hold the model.
+    """
+    on_cuda = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    if not on_cuda:
+        count = config.num_groups or sum(1 for node in ray.nodes() if node["Alive"])
+        return [GroupShape(0, config.num_cpus_per_group)] * count
+    needed = get_min_group_vram(run.params, run.weights)
+    memory = [gib for gib in _read_gpu_memory() if gib]
+    shapes = [
+        GroupShape(len(group.device_ids), config.num_cpus_per_group)
+        for gib in memory
+        for group in create_gpu_groups(gib, needed)
+    ]
+    if not shapes:
+        raise UnavailableError(
+            f"this model needs {needed:.1f} GiB in 1, 2, 4 or 8 GPUs of one node, and the nodes have {memory}.",
+            hint="Choose a smaller model, or device=cpu.",
+        )
+    return shapes[: config.num_groups] if config.num_groups else shapes
+
+
+def _read_gpu_memory() -> list[list[float]]:
+    """Memory of every GPU in GiB, node by node; of a unified one, the machine's."""
+
+    def probe() -> list[float]:
+        from sparkray.hardware.probes import read_gpus, read_memory
+
+        total = read_memory().total_bytes
+        return [(gpu.memory_total_bytes or total) / _GIB for gpu in read_gpus()]
+
+    remote = ray.remote(num_cpus=0)(probe)
+    refs = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU", 0) >= 1
+    ]
+    try:
+        found: list[list[float]] = ray.get(refs, timeout=_PROBE_SECONDS)
+    except (GetTimeoutError, RayError) as failure:
+        raise UnavailableError(f"the GPUs of the cluster cannot be read: {failure}.") from failure
+    return found
+
+
+def _plain(ref: ray.ObjectRef) -> Future[AnswerT]:
+    """A future that fails with an error of ours: the worker's own, or that it is lost."""
+    answer: Future[AnswerT] = Future()
+
+    def copy(source: Future[AnswerT]) -> None:
+        failure = source.exception()
+        if failure is None:
+            answer.set_result(source.result())
+        else:
+            answer.set_exception(_ours(failure))
+
+    ref.future().add_done_callback(copy)
+    return answer
+
+
+def _ours(failure: BaseException) -> SparkrayError:
+    cause = failure.cause if isinstance(failure, RayTaskError) else failure
+    if isinstance(cause, SparkrayError):
+        return cause
+    return WorkerLostError(f"{type(failure).__name__} on {socket.gethostname()}: {failure}"[:500])
