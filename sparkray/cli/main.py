@@ -7,7 +7,7 @@ import os
 import typer
 
 from sparkray import __version__
-from sparkray.cli import chat, cluster, demo, doctor, metis, models, plan, poc, prune, serve
+from sparkray.cli import batch, chat, cluster, demo, doctor, metis, models, plan, poc, prune, serve, train
 from sparkray.cli.entry import run_guarded
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(serve.app, name="serve")
 app.command("chat")(chat.chat)
+app.command("batch")(batch.batch)
 app.add_typer(cluster.app, name="cluster")
 app.command("demo")(demo.demo)
 app.add_typer(metis.app, name="metis")
@@ -26,6 +27,7 @@ app.add_typer(models.app, name="models")
 app.command("plan")(plan.plan)
 app.add_typer(poc.app, name="poc")
 app.add_typer(prune.app, name="prune")
+app.add_typer(train.app, name="train")
 app.command("doctor")(doctor.doctor)
 
 

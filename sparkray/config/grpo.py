@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -83,11 +83,13 @@ class GrpoConfig(Settings):
 
     model: str = Field("embedded", min_length=1, description="`embedded`, a local directory or a hub id.")
     dataset: str = Field(min_length=1, description="JSONL, JSON or Parquet in TRL's format: `prompt` and columns.")
-    output_dir: str = Field(min_length=1, description="Folder of checkpoints, curves and the report.")
+    eval_dataset: str | None = Field(None, description="Held-out rows, answered greedily and scored.")
+    eval_steps: int = Field(50, ge=1, description="Steps between two looks at them; also before and after.")
+    output_dir: str = Field(min_length=1, description="Folder of checkpoints, curves and the report; all nodes see it.")
     run_name: str = Field("grpo", pattern=r"^[A-Za-z0-9][\w.-]*$", description="Folder of the run in the output.")
     algorithm: Algorithm = Field("grpo", description="`dpo` trains on best and worst completions of a group.")
     method: MethodName = Field("lora", description="What is trained; `qlora` keeps the frozen weights in 4 bits.")
-    lora_rank: int = Field(16, ge=1, le=1024)
+    lora_rank: int = Field(16, ge=1, le=512)
     lora_alpha: float = Field(32.0, gt=0)
     lora_layers: tuple[int, int] | None = Field(None, description="First and one past the last layer; all by default.")
     lora_targets: tuple[str, ...] = Field(
@@ -133,6 +135,14 @@ class GrpoConfig(Settings):
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig(terms=(RewardTermConfig(kind="exact"),)))
     sync: SyncConfig = Field(default_factory=SyncConfig)
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig(dtype="float32", max_model_len=1024))
+
+    def fixed_by_run(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with what it did before."""
+        names = {
+            *("model", "dataset", "method", "lora_rank", "lora_alpha", "lora_layers", "lora_targets", "seed"),
+            *("num_generations", "prompts_per_step", "shuffle_advantages", "algorithm"),
+        }
+        return self.model_dump(mode="json", include=names)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -55,7 +55,7 @@ class ProcessGroupRanks:
     def __init__(self, *, sharded: bool = False) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self._sharded = sharded
+        self.sharded = sharded
 
     def sum(self, values: Tensor) -> Tensor:
         total = values.clone()
@@ -68,7 +68,7 @@ class ProcessGroupRanks:
         return largest
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        if self._sharded or self.size == 1:
+        if self.sharded or self.size == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:

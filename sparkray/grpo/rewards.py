@@ -71,11 +71,11 @@ class RewardScorer:
         self._functions = [(name, term.weight, load_reward(term)) for name, term in named_terms(config)]
         self._cognitive = CognitiveRewardComputer() if config.cognitive_weight > 0 else None
 
-    def score(self, samples: Sequence[Sample]) -> list[Score]:
-        """A score of each sample; none of them raises."""
-        return [self._score(sample) for sample in samples]
+    def score(self, samples: Sequence[Sample], *, verifiable: bool = False) -> list[Score]:
+        """A score of each sample, without the shaping where `verifiable`; none of them raises."""
+        return [self._score(sample, shaped=not verifiable) for sample in samples]
 
-    def _score(self, sample: Sample) -> Score:
+    def _score(self, sample: Sample, *, shaped: bool) -> Score:
         terms: dict[str, float] = {}
         parts: dict[str, float] = {}
         total = 0.0
@@ -92,7 +92,7 @@ class RewardScorer:
                     terms[name] = value
                     total += weight * value
                 name = COGNITIVE
-                if self._cognitive is not None:
+                if self._cognitive is not None and shaped:
                     reward = self._cognitive.compute(sample.rollout.trace())
                     parts = {key: float(value) for key, value in reward.to_dict().items()}
                     terms[COGNITIVE] = reward.total

@@ -97,3 +97,12 @@ class RolloutGroup:
     @property
     def oldest_version(self) -> int:
         return min(rollout.weight_version for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """A prompt of which a group is wanted: the dataset's row, its tokens, and how many completions."""
+
+    row_index: int
+    token_ids: tuple[int, ...]
+    num_completions: int
