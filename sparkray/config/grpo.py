@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from sparkray.config.base import Settings
 from sparkray.config.serve import EngineConfig
 
-Algorithm = Literal["grpo", "dpo"]
 MethodName = Literal["full", "lora", "qlora"]
 LossName = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 AdvantageName = Literal["group", "dr_grpo", "leave_one_out"]
@@ -87,7 +86,6 @@ class GrpoConfig(Settings):
     eval_steps: int = Field(50, ge=1, description="Steps between two looks at them; also before and after.")
     output_dir: str = Field(min_length=1, description="Folder of checkpoints, curves and the report; all nodes see it.")
     run_name: str = Field("grpo", pattern=r"^[A-Za-z0-9][\w.-]*$", description="Folder of the run in the output.")
-    algorithm: Algorithm = Field("grpo", description="`dpo` trains on best and worst completions of a group.")
     method: MethodName = Field("lora", description="What is trained; `qlora` keeps the frozen weights in 4 bits.")
     lora_rank: int = Field(16, ge=1, le=512)
     lora_alpha: float = Field(32.0, gt=0)
@@ -140,7 +138,7 @@ class GrpoConfig(Settings):
         """What a run that goes on must have in common with what it did before."""
         names = {
             *("model", "dataset", "method", "lora_rank", "lora_alpha", "lora_layers", "lora_targets", "seed"),
-            *("num_generations", "prompts_per_step", "shuffle_advantages", "algorithm"),
+            *("num_generations", "prompts_per_step", "shuffle_advantages"),
         }
         return self.model_dump(mode="json", include=names)
 
