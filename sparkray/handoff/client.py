@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sparkray.config.handoff import LinkConfig, TlsConfig, WireLimits
+from sparkray.errors import SparkrayError
 from sparkray.handoff.errors import ProtocolError, Reason
 from sparkray.handoff.fingerprint import prompt_hash
 from sparkray.handoff.messages import Abort, Confirm, Done, Generate, Release, Status, Tokens
@@ -110,9 +112,7 @@ class Answer:
 
     def cancel(self) -> None:
         """Give the answer up."""
-        try:
+        with suppress(OSError, SparkrayError):
             self._connection.send(Abort(Reason.CANCELLED))
-        except OSError:
-            pass
-        finally:
-            self._connection.close()
+        # A thread may be waiting for the next token; it closes what it reads from.
+        self._connection.interrupt()

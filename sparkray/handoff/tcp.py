@@ -10,6 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 from sparkray.config.handoff import LinkConfig, TlsConfig, WireLimits
@@ -104,6 +105,11 @@ class Connection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def interrupt(self) -> None:
+        """End the connection in both directions; a thread that waits on it wakes."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _drain(self) -> None:
         """Read what is on its way for a moment: closing over unread bytes would reset the peer before it reads why."""
