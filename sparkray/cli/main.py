@@ -7,7 +7,23 @@ import os
 import typer
 
 from sparkray import __version__
-from sparkray.cli import batch, chat, cluster, demo, doctor, metis, models, plan, poc, prune, serve, train
+from sparkray.cli import (
+    batch,
+    chat,
+    cluster,
+    demo,
+    distill,
+    doctor,
+    handoff,
+    metis,
+    models,
+    plan,
+    poc,
+    prune,
+    search,
+    serve,
+    train,
+)
 from sparkray.cli.entry import run_guarded
 
 app = typer.Typer(
@@ -22,11 +38,14 @@ app.command("chat")(chat.chat)
 app.command("batch")(batch.batch)
 app.add_typer(cluster.app, name="cluster")
 app.command("demo")(demo.demo)
+app.add_typer(distill.app, name="distill")
+app.add_typer(handoff.app, name="handoff")
 app.add_typer(metis.app, name="metis")
 app.add_typer(models.app, name="models")
 app.command("plan")(plan.plan)
 app.add_typer(poc.app, name="poc")
 app.add_typer(prune.app, name="prune")
+app.add_typer(search.app, name="search")
 app.add_typer(train.app, name="train")
 app.command("doctor")(doctor.doctor)
 

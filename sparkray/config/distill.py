@@ -134,3 +134,109 @@ class LossConfig(Settings):
                 f" ill-defined; use target='tail_bucket'"
             )
         return self
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters beside frozen weights."""
+
+    rank: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the adapters, over the rank.")
+
+
+class StudentConfig(Settings):
+    """The model that learns: a llama from scratch in this shape, or the weights of a folder."""
+
+    init_from: str | None = Field(
+        None, description="Folder, hub id or `embedded` to start from; from scratch if unset."
+    )
+    lora: LoraConfig | None = Field(None, description="Train adapters and not the weights; needs init_from.")
+    hidden_size: int = Field(128, ge=8, description="Width.")
+    num_layers: int = Field(4, ge=1, description="Blocks.")
+    num_heads: int = Field(4, ge=1, description="Attention heads; divides hidden_size.")
+    intermediate_size: int = Field(384, ge=8, description="Width of the feed-forward layers.")
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size}")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora needs init_from: adapters beside random weights learn nothing")
+        return self
+
+
+class TrainConfig(Settings):
+    """The loop. The global batch is fixed, so a step has the same loss at any number of workers."""
+
+    num_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_sequences: int = Field(8, ge=1, description="Sequences of one step, of all workers together.")
+    micro_batch_sequences: int = Field(4, ge=1, description="Sequences of one forward pass; the rest is accumulated.")
+    learning_rate: float = Field(1e-3, gt=0, description="Highest rate, after the warm-up.")
+    warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up; a cosine follows.")
+    min_rate_share: float = Field(0.1, ge=0, le=1, description="Share of the rate that is left at the end.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the forward; weights and optimizer stay float32."
+    )
+    activation_checkpointing: bool = Field(False, description="Compute activations again instead of keeping them.")
+    checkpoint_steps: int = Field(50, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, le=100, description="Checkpoints kept; the oldest go.")
+    validate_steps: int = Field(50, ge=1, description="Steps between validations; the first is before step 1.")
+    validation_sequences: int = Field(8, ge=1, description="Held-out sequences of a validation.")
+    seed: int = Field(0, ge=0, description="Seed of weights and order.")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
+
+
+class AutoencoderConfig(Settings):
+    """The variational autoencoder over chunks of tokens, after CALM (Shao et al. 2025)."""
+
+    chunk_tokens: int = Field(4, ge=1, le=64, description="Tokens of one latent vector.")
+    latent_size: int = Field(128, ge=1, description="Numbers of one latent vector.")
+    hidden_size: int = Field(256, ge=8, description="Width.")
+    num_layers: int = Field(1, ge=1, description="Blocks on each side of both the squeeze and the expansion.")
+    dropout: float = Field(0.15, ge=0, lt=1, description="Share of masked tokens, and of dropped latent numbers.")
+    kl_weight: float = Field(1e-3, ge=0, description="Weight of the divergence from a standard normal.")
+    kl_floor: float = Field(0.5, ge=0, description="Divergence that each latent number has for free, in nats.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest rate.")
+    num_steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    batch_chunks: int = Field(256, ge=1, description="Chunks of one step.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order, masks and noise.")
+
+
+class LatentConfig(Settings):
+    """The causal transformer that writes the next latent vector."""
+
+    hidden_size: int = Field(128, ge=8, description="Width.")
+    num_layers: int = Field(4, ge=1, description="Blocks.")
+    num_heads: int = Field(4, ge=1, description="Attention heads; divides hidden_size.")
+    intermediate_size: int = Field(384, ge=8, description="Width of the feed-forward layers.")
+    noise_size: int = Field(64, ge=1, description="Random numbers that a sample starts from.")
+    num_samples: int = Field(8, ge=2, le=256, description="Samples of the model in the energy loss.")
+    num_targets: int = Field(32, ge=1, le=1024, description="Samples of the autoencoder's posterior in it.")
+    exponent: float = Field(1.0, gt=0, lt=2, description="Power of the distance; below 2 the score is strictly proper.")
+    latent_weight: float = Field(1.0, ge=0, description="Weight of the energy loss.")
+    ce_weight: float = Field(0.0, ge=0, description="Weight of the cross entropy of decoded samples.")
+    kd_weight: float = Field(
+        0.0, ge=0, description="Weight of the divergence to the teacher, on first tokens of chunks."
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size}")
+        return self
+
+
+class DistillConfig(Settings):
+    """One distillation, from text to a student."""
+
+    pack: PackConfig = Field(PackConfig(), description="How text becomes sequences.")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="Who teaches.")
+    client: ClientConfig = Field(ClientConfig(), description="How a served teacher is asked.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where its answers are kept.")
+    store: StoreConfig = Field(StoreConfig(), description="The teacher's rows for the whole corpus.")
+    loss: LossConfig = Field(LossConfig(), description="What is learnt from them.")
+    student: StudentConfig = Field(StudentConfig(), description="The causal student.")
+    autoencoder: AutoencoderConfig = Field(AutoencoderConfig(), description="The latent student's autoencoder.")
+    latent: LatentConfig = Field(LatentConfig(), description="The latent student.")
+    train: TrainConfig = Field(TrainConfig(), description="The loop.")

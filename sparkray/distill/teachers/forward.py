@@ -38,6 +38,7 @@ class ForwardTeacher:
 
         self._config = config
         self._store = store
+        transformers.utils.logging.disable_progress_bar()
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         self.model = loaded.to(config.device).eval().requires_grad_(False)
         self._identity = TeacherIdentity(

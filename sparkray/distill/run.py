@@ -1,0 +1,307 @@
+"""The stages of a distillation, as the command line and the job run them: pack, store, train, evaluate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparkray.config.distill import DistillConfig
+from sparkray.distill.alignment.fingerprint import load_tokenizer, require_same_tokenizer, tokenizer_sha256
+from sparkray.distill.cache.file import ScoreCache
+from sparkray.distill.client.client import TeacherClient
+from sparkray.distill.data.pack import Pack, pack_documents, read_pack, write_pack
+from sparkray.distill.data.sources import read_documents
+from sparkray.distill.scores import TokenScores
+from sparkray.distill.store.capture import capture_store, sequence_scorer, store_header
+from sparkray.distill.store.manifest import Manifest
+from sparkray.distill.store.reader import LogitStore
+from sparkray.distill.students.causal import CausalStudent, create_causal_student
+from sparkray.distill.students.latent import LatentStudent
+from sparkray.distill.teachers.create import create_teacher, teacher_tokenizer
+from sparkray.distill.training.autoencoder import aligned_chunks, load_autoencoder, save_autoencoder, train_autoencoder
+from sparkray.distill.training.evaluate import Evaluation, evaluate
+from sparkray.distill.training.latent_evaluate import evaluate_latent
+from sparkray.distill.training.objective import CausalObjective, LatentObjective
+from sparkray.distill.training.supervision import DataOnly, FromClient, FromStore, Supervision
+from sparkray.distill.training.trainer import StepReport, Trainer
+from sparkray.errors import InputError, UsageError
+from sparkray.models import prepare_model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Progress = Callable[[int, int], None]
+_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+_HELD_OUT_CHUNKS = 512
+
+
+def make_pack(source: str, out: Path, config: DistillConfig) -> Pack:
+    """Pack documents with the teacher's tokenizer and write the pack.
+
+    Raises:
+        NotFoundError, InputError: no such text, or too little of it.
+    """
+    tokenizer = teacher_tokenizer(config.teacher)
+    pack = pack_documents(
+        read_documents(source),
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        config.pack,
+        end_id=end_token(tokenizer),
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+    )
+    write_pack(pack, out)
+    return pack
+
+
+def end_token(tokenizer: Tokenizer) -> int:
+    """The token that ends a document.
+
+    Raises:
+        InputError: the tokenizer has none of the usual ones.
+    """
+    for token in _END_TOKENS:
+        number: int | None = tokenizer.token_to_id(token)
+        if number is not None:
+            return number
+    raise InputError(f"the tokenizer has none of {', '.join(_END_TOKENS)} to end a document with.")
+
+
+def make_store(pack_folder: Path, out: Path, config: DistillConfig, progress: Progress) -> Manifest:
+    """Score a pack's training part and keep the rows; goes on where a killed run was.
+
+    Served teachers are asked through the client, with its bounds, pauses and cache.
+
+    Raises:
+        InputError: the teacher's tokenizer is not the pack's.
+        UsageError: `out` is another store's.
+    """
+    pack = read_pack(pack_folder)
+    teacher = create_teacher(config.teacher, config.store, config.client)
+    require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+    header = store_header(pack, teacher.identity, config.store)
+    if config.teacher.kind in ("transformers", "vllm_local"):
+        scorer = sequence_scorer(teacher, config.store, config.teacher.overlap_tokens)
+        return capture_store(out, pack, header, scorer, progress)
+    with ScoreCache(config.cache) as cache, TeacherClient(teacher, config.client, cache) as client:
+
+        def score(sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
+            return [future.result().scores for future in [client.submit(tokens) for tokens in sequences]]
+
+        return capture_store(out, pack, header, score, progress)
+
+
+def train_causal(
+    pack_folder: Path,
+    out: Path,
+    config: DistillConfig,
+    *,
+    store_folder: Path | None,
+    live: bool = False,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> dict[str, Any]:
+    """Train a causal student: from a store, from the live teacher, or on the data alone.
+
+    Args:
+        pack_folder: of the pack.
+        out: checkpoints, metrics.jsonl and, at the end, `model/` as transformers loads it.
+        config: settings.
+        store_folder: of a finished store.
+        live: ask the teacher of the settings while training.
+        on_step: called after every step.
+
+    Raises:
+        UsageError: distillation without rows, rows that cannot give the target, or another run's folder.
+    """
+    if store_folder is not None and live:
+        raise UsageError("a store and the live teacher were both given, and one of them gives the rows.", param="store")
+    if config.loss.kd_weight and store_folder is None and not live:
+        raise UsageError(
+            f"loss.kd_weight={config.loss.kd_weight:g} was set without a teacher's rows.",
+            hint="Give --store FOLDER or --live, or set loss.kd_weight=0 to learn from the data alone.",
+            param="loss.kd_weight",
+        )
+    pack = read_pack(pack_folder)
+    device = training_device(config)
+    student = create_causal_student(
+        config.student,
+        vocab_size=pack.header.vocab_size,
+        max_tokens=pack.header.sequence_tokens,
+        seed=config.train.seed,
+        activation_checkpointing=config.train.activation_checkpointing,
+    ).to(device)
+    run = run_identity(pack, config, store_folder)
+    validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
+
+    def validate() -> dict[str, Any]:
+        return evaluate(student, pack.validation, validation, None, device).to_json()
+
+    def train(supervision: Supervision) -> list[StepReport]:
+        trainer = Trainer(student, pack, supervision, CausalObjective(config.loss), config.train, run)
+        return trainer.run(out, on_step, validate if validation else None)
+
+    client_metrics: dict[str, Any] | None = None
+    if live:
+        teacher = create_teacher(config.teacher, config.store, config.client)
+        require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+        with ScoreCache(config.cache) as cache, TeacherClient(teacher, config.client, cache) as client:
+            reports = train(FromClient(client, pack.train.tokens))
+            client_metrics = client.metrics.to_json()
+    elif store_folder is not None:
+        reports = train(FromStore(LogitStore(store_folder, pack).__getitem__))
+    else:
+        reports = train(DataOnly())
+    save_student(student, out / "model", config)
+    return {
+        "out": str(out),
+        "num_steps": config.train.num_steps,
+        "num_steps_now": len(reports),
+        "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "loss": reports[-1].loss if reports else None,
+        "cross_entropy": reports[-1].cross_entropy if reports else None,
+        "distillation": reports[-1].distillation if reports else None,
+        "waited_share": sum(r.waited_seconds for r in reports) / sum(r.seconds for r in reports) if reports else None,
+        "client": client_metrics,
+    }
+
+
+def train_latent_autoencoder(
+    pack_folder: Path, out: Path, config: DistillConfig, on_step: Callable[[int, float], None]
+) -> dict[str, Any]:
+    """Train the latent student's autoencoder; how much of held-out text comes back whole."""
+    pack = read_pack(pack_folder)
+    device = training_device(config)
+    model = train_autoencoder(pack, config.autoencoder, device, on_step)
+    save_autoencoder(model, out, pack.header.tokenizer_sha256)
+    report: dict[str, Any] = {"out": str(out)}
+    for name, part in (("train", pack.train), ("validation", pack.validation)):
+        chunks_NK = aligned_chunks(part, config.autoencoder.chunk_tokens)[:_HELD_OUT_CHUNKS].to(device)
+        report[f"{name}_exact_match"] = model.exact_match(chunks_NK) if len(chunks_NK) else None
+    return report
+
+
+def train_latent(
+    pack_folder: Path,
+    out: Path,
+    config: DistillConfig,
+    *,
+    autoencoder_folder: Path,
+    store_folder: Path | None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> dict[str, Any]:
+    """Train the latent student over a trained autoencoder.
+
+    Raises:
+        UsageError: a weight on the teacher without a store, or another run's folder.
+        InputError: chunks that do not divide the pack's sequences.
+    """
+    pack = read_pack(pack_folder)
+    device = training_device(config)
+    autoencoder = load_autoencoder(autoencoder_folder, pack.header.tokenizer_sha256)
+    chunk = autoencoder.config.chunk_tokens
+    if pack.header.sequence_tokens % chunk:
+        raise InputError(
+            f"the pack's sequences of {pack.header.sequence_tokens} tokens are no whole chunks of {chunk}."
+        )
+    if config.latent.kd_weight and store_folder is None:
+        raise UsageError(
+            f"latent.kd_weight={config.latent.kd_weight:g} was set without a store.", hint="Give --store FOLDER."
+        )
+    torch.manual_seed(config.train.seed)
+    student = LatentStudent(config.latent, autoencoder, pack.header.sequence_tokens // chunk).to(device)
+    supervision = DataOnly() if store_folder is None else FromStore(LogitStore(store_folder, pack).__getitem__)
+    validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
+
+    def validate() -> dict[str, Any]:
+        return evaluate_latent(student, pack.validation, validation, 2, config.train.seed).to_json()
+
+    trainer = Trainer(
+        student,
+        pack,
+        supervision,
+        LatentObjective(config.latent, config.loss, chunk),
+        config.train,
+        run_identity(pack, config, store_folder),
+    )
+    reports = trainer.run(out, on_step, validate if validation else None)
+    return {
+        "out": str(out),
+        "num_steps": config.train.num_steps,
+        "energy": reports[-1].cross_entropy if reports else None,
+        "validation": validate() if validation else None,
+    }
+
+
+def evaluate_student(pack_folder: Path, model_folder: Path, config: DistillConfig) -> Evaluation:
+    """A trained causal student on held-out text, against data and a transformers teacher's full vocabulary.
+
+    Raises:
+        UsageError: a teacher that does not show its full vocabulary.
+    """
+    if config.teacher.kind != "transformers":
+        raise UsageError(
+            f"teacher.kind={config.teacher.kind!r} was set, and the divergence is taken over the full vocabulary, which"
+            " only kind='transformers' shows.",
+            param="teacher.kind",
+        )
+    from sparkray.distill.teachers.forward import ForwardTeacher
+
+    pack = read_pack(pack_folder)
+    teacher = create_teacher(config.teacher, config.store, config.client)
+    assert isinstance(teacher, ForwardTeacher)
+    require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+    device = training_device(config)
+    student = load_student(model_folder).to(device)
+    numbers = range(min(config.train.validation_sequences, len(pack.validation)))
+
+    @lru_cache(maxsize=2)
+    def logits(number: int) -> Tensor:
+        return teacher.logits(pack.validation.tokens(number)).cpu()
+
+    return evaluate(student, pack.validation, numbers, logits, device)
+
+
+def save_student(student: CausalStudent, folder: Path, config: DistillConfig) -> None:
+    """Weights, configuration and tokenizer in one folder that transformers and vLLM load."""
+    student.save(folder)
+    name = config.teacher.tokenizer or config.teacher.model
+    for path in sorted(prepare_model(name).glob("tokenizer*.json")):
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def load_student(folder: Path) -> CausalStudent:
+    """A causal student from the folder that `save_student` wrote.
+
+    Raises:
+        NotFoundError: the folder holds no tokenizer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    load_tokenizer(folder)
+    return CausalStudent(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def run_identity(pack: Pack, config: DistillConfig, store_folder: Path | None) -> dict[str, Any]:
+    """What a run is: a checkpoint is resumed by the same one only."""
+    store = None
+    if store_folder is not None:
+        store = hashlib.sha256((store_folder / "manifest.json").read_bytes()).hexdigest()
+    described = config.model_dump(mode="json", exclude={"client", "cache"})
+    return {"pack": pack.header.data_sha256, "store": store} | {
+        key: json.loads(json.dumps(value)) for key, value in described.items()
+    }
+
+
+def training_device(config: DistillConfig) -> torch.device:
+    """The device of the settings; `auto` is CUDA where there is one."""
+    chosen = config.train.device
+    if chosen == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(chosen)
