@@ -42,7 +42,7 @@ class SearchConfig(Settings):
     top_p: float = Field(1.0, gt=0, le=1)
     stop: tuple[str, ...] = ()
     answer_kind: AnswerKindName = "auto"
-    profile: str | None = Field(None, description="File of a calibrated profile, for the policy `certified`.")
+    profile: str | None = Field(None, description="File of a calibrated profile, or `packaged`; for `certified`.")
     task: str | None = Field(None, description="The task the question belongs to; checked against the profile.")
     alpha: float = Field(0.05, gt=0, lt=1, description="certified: P(prune a path whose answer is right) at most.")
     risk: float = Field(0.05, gt=0, lt=1, description="certified: P(stopping early costs a right answer) at most.")
@@ -66,6 +66,26 @@ class SearchConfig(Settings):
             raise ValueError(
                 f"temperature_spread {self.temperature_spread:g} reaches temperature 0 from {self.temperature:g}"
             )
+        return self
+
+
+class IterativeConfig(Settings):
+    """The rounds of an iterative search. A later round forks the calmest paths of the rounds before it."""
+
+    rounds: int = Field(3, ge=1, le=16)
+    shrink: tuple[float, ...] = Field((0.25, 0.1), description="Paths of each later round, in parts of the first.")
+    min_paths: tuple[int, ...] = Field((4, 2), description="Paths of each later round at least.")
+    cooling: tuple[float, ...] = Field((0.7, 0.4), description="Temperatures of the later rounds, in parts of it.")
+    survivors: int = Field(2, ge=1, description="Paths that are forked; their forks take turns.")
+
+    @model_validator(mode="after")
+    def _covers_rounds(self) -> Self:
+        for name in ("shrink", "min_paths", "cooling"):
+            values = getattr(self, name)
+            if len(values) < self.rounds - 1 or any(value <= 0 for value in values):
+                raise ValueError(
+                    f"{name} is {values}, and {self.rounds - 1} numbers above 0 are expected for {self.rounds} rounds"
+                )
         return self
 
 

@@ -15,7 +15,10 @@ from sparkray.search.policies import (
     Metis,
     Policy,
 )
-from sparkray.search.profile import SearchProfile, load_profile
+from sparkray.search.profile import SearchProfile, load_profile, packaged_profile
+
+PACKAGED = "packaged"
+"""As `profile` in the settings: the one that ships for the model."""
 
 
 def open_profile(config: SearchConfig, model: str) -> SearchProfile | None:
@@ -27,7 +30,7 @@ def open_profile(config: SearchConfig, model: str) -> SearchProfile | None:
     """
     if config.profile is None:
         return None
-    profile = load_profile(Path(config.profile))
+    profile = load_profile(packaged_profile(model) if config.profile == PACKAGED else Path(config.profile))
     profile.check(model, config.temperature, config.task)
     if config.temperature_spread:
         raise InputError(

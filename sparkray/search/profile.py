@@ -17,6 +17,7 @@ from sparkray.search.stopping import STATE_FEATURES
 _FORMAT = "sparkray-search-profile"
 _VERSION = 1
 _TEMPERATURE_GAP = 0.05
+_PACKAGED = Path(__file__).parent / "profiles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,23 @@ class SearchProfile:
             "num_questions": self.num_questions,
             "num_certifying": self.num_certifying,
         }
+
+
+def packaged_profile(model: str) -> Path:
+    """The profile that ships with the package for `model`.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    path = _PACKAGED / f"{model.lower()}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in _PACKAGED.glob("*.json"))) or "none"
+        raise NotFoundError(
+            f"no search profile is packaged for the model {model!r}; there are: {known}.",
+            hint="Make one: sparkray search record, then sparkray search calibrate.",
+            param="profile",
+        )
+    return path
 
 
 def load_profile(path: Path) -> SearchProfile:

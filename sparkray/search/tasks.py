@@ -140,10 +140,10 @@ TASKS = (
         pattern=r"(\d+ [-+] \d+)",
         question="What is {0}?",
         examples=(
-            ("What is 24 + 13?", "24 + 13 = 37. The answer is 37."),
-            ("What is 7 - 12?", "7 - 12 = -5. The answer is -5."),
-            ("What is 58 + 6?", "58 + 6 = 64. The answer is 64."),
-            ("What is 40 - 9?", "40 - 9 = 31. The answer is 31."),
+            ("What is 24 + 13?", "24 + 13 = 37."),
+            ("What is 7 - 12?", "7 - 12 = -5."),
+            ("What is 58 + 6?", "58 + 6 = 64."),
+            ("What is 40 - 9?", "40 - 9 = 31."),
         ),
     ),
     Task(
@@ -154,10 +154,10 @@ TASKS = (
         pattern=r"(\d+) \* (\d+)",
         question="What is {0} * {1}?",
         examples=(
-            ("What is 3 * 6?", "3 * 6 = 18. The answer is 18."),
-            ("What is 20 * 4?", "20 * 4 = 80. The answer is 80."),
-            ("What is 7 * 9?", "7 * 9 = 63. The answer is 63."),
-            ("What is 5 * 12?", "5 * 12 = 60. The answer is 60."),
+            ("What is 3 * 6?", "3 * 6 = 18."),
+            ("What is 20 * 4?", "20 * 4 = 80."),
+            ("What is 7 * 9?", "7 * 9 = 63."),
+            ("What is 5 * 12?", "5 * 12 = 60."),
         ),
     ),
     Task(
@@ -168,10 +168,10 @@ TASKS = (
         pattern=r"(\d+), (\d+)",
         question="What is the greatest common divisor of {0} and {1}?",
         examples=(
-            ("What is the greatest common divisor of 12 and 18?", "12 = 6 * 2. 18 = 6 * 3. The answer is 6."),
-            ("What is the greatest common divisor of 10 and 5?", "10 = 5 * 2. 5 = 5 * 1. The answer is 5."),
-            ("What is the greatest common divisor of 9 and 14?", "9 = 1 * 9. 14 = 1 * 14. The answer is 1."),
-            ("What is the greatest common divisor of 4 and 10?", "4 = 2 * 2. 10 = 2 * 5. The answer is 2."),
+            ("What is the greatest common divisor of 12 and 18?", "12 = 6 * 2. 18 = 6 * 3. So 6."),
+            ("What is the greatest common divisor of 10 and 5?", "10 = 5 * 2. 5 = 5 * 1. So 5."),
+            ("What is the greatest common divisor of 9 and 14?", "9 = 1 * 9. 14 = 1 * 14. So 1."),
+            ("What is the greatest common divisor of 4 and 10?", "4 = 2 * 2. 10 = 2 * 5. So 2."),
         ),
     ),
     Task(
@@ -189,9 +189,9 @@ TASKS = (
         pattern=r"([0-9a-z*]+(?: [-+*] [0-9a-z*]+)* = -?\d+)",
         question="Solve {0}.",
         examples=(
-            ("Solve 3*x + 5 = 20.", "3*x = 20 - 5 = 15. x = 15 / 3 = 5. The answer is 5."),
-            ("Solve 2*y + 1 = 7.", "2*y = 7 - 1 = 6. y = 6 / 2 = 3. The answer is 3."),
-            ("Solve 7*a = 14.", "a = 14 / 7 = 2. The answer is 2."),
+            ("Solve 3*x + 5 = 20.", "3*x = 20 - 5 = 15. x = 15 / 3 = 5."),
+            ("Solve 2*y + 1 = 7.", "2*y = 7 - 1 = 6. y = 6 / 2 = 3."),
+            ("Solve 7*a = 14.", "a = 14 / 7 = 2."),
         ),
     ),
     Task(
@@ -202,9 +202,9 @@ TASKS = (
         pattern=r'letter "(.)" appear in the text: "(.*?)"',
         question='How many times does "{0}" appear in "{1}"?',
         examples=(
-            ('How many times does "e" appear in "green"?', "g, r, e, e, n. The answer is 2."),
-            ('How many times does "a" appear in "banana"?', "b, a, n, a, n, a. The answer is 3."),
-            ('How many times does "o" appear in "dog"?', "d, o, g. The answer is 1."),
+            ('How many times does "e" appear in "green"?', "g, r, e, e, n: 2."),
+            ('How many times does "a" appear in "banana"?', "b, a, n, a, n, a: 3."),
+            ('How many times does "o" appear in "dog"?', "d, o, g: 1."),
         ),
     ),
     Task(
@@ -215,10 +215,10 @@ TASKS = (
         pattern=r"((?:-?\d+, )+)\?",
         question="{0} ?",
         examples=(
-            ("2, 4, 6, 8, ?", "8 + 2 = 10. The answer is 10."),
-            ("20, 17, 14, 11, ?", "11 - 3 = 8. The answer is 8."),
-            ("1, 2, 4, 8, ?", "8 * 2 = 16. The answer is 16."),
-            ("5, 5, 5, 5, ?", "5 + 0 = 5. The answer is 5."),
+            ("2, 4, 6, 8, ?", "8 + 2 = 10."),
+            ("20, 17, 14, 11, ?", "11 - 3 = 8."),
+            ("1, 2, 4, 8, ?", "8 * 2 = 16."),
+            ("5, 5, 5, 5, ?", "5 + 0 = 5."),
         ),
     ),
 )

@@ -18,6 +18,7 @@ from sparkray.errors import InputError
 from sparkray.metis.vllm_engine import WatchedEngine
 from sparkray.models import resolve_model
 from sparkray.search.paths import Path
+from sparkray.search.prompting import BLOCK_TOKENS, task_prompt_ids
 from sparkray.search.recording import (
     RecordedQuestion,
     Recording,
@@ -31,8 +32,6 @@ from sparkray.search.vllm_session import own_engine, quick_dtype
 from sparkray.types import SamplingOptions
 
 CHUNK_QUESTIONS = 10
-# The paths of a question share whole blocks of its prompt, and the default of a CPU engine is longer than our prompts.
-_BLOCK_TOKENS = 32
 
 OnChunk = Callable[[int, int], None]
 """(questions recorded, questions wanted), after every chunk."""
@@ -57,7 +56,7 @@ def record(config: RecordConfig, into: FilePath, on_chunk: OnChunk | None = None
             max_num_seqs=config.max_running,
             max_model_len=1024,
             kv_cache_gib=2.0,
-            extra={"block_size": _BLOCK_TOKENS},
+            extra={"block_size": BLOCK_TOKENS},
         )
         # One event loop for all chunks: the engine belongs to the one that it was first used in.
         with own_engine(config.model, limits) as engine, asyncio.Runner() as runner:
@@ -89,12 +88,14 @@ def record(config: RecordConfig, into: FilePath, on_chunk: OnChunk | None = None
 
 
 def _chunks(config: RecordConfig) -> Iterator[tuple[Task, str, int, int]]:
-    """(task, split, first question, number of questions), calibration first, all tasks in turn."""
+    """(task, split, first question, number of questions): rounds in which every task and split has its turn."""
     tasks = [find_task(name) for name in config.tasks] if config.tasks else list(TASKS)
-    for split, count in (("calibration", config.num_calibration), ("held_out", config.num_held_out)):
-        for first in range(0, count, CHUNK_QUESTIONS):
-            for task in tasks:
-                yield task, split, first, min(CHUNK_QUESTIONS, count - first)
+    wanted = {"calibration": config.num_calibration, "held_out": config.num_held_out}
+    for first in range(0, max(wanted.values()), CHUNK_QUESTIONS):
+        for split, count in wanted.items():
+            if first < count:
+                for task in tasks:
+                    yield task, split, first, min(CHUNK_QUESTIONS, count - first)
 
 
 def _file_name(task: Task, split: str, first: int, count: int) -> str:
@@ -105,7 +106,11 @@ async def _record_chunk(
     engine: WatchedEngine, config: RecordConfig, task: Task, split: str, first: int, count: int
 ) -> list[RecordedQuestion]:
     asked = task.questions(split, first + count)[first:]
-    requests = [PathRequest(question.prompt, task.answer_kind, config.num_paths) for question in asked]
+    tokenizer = engine.get_tokenizer()
+    requests = [
+        PathRequest(tuple(task_prompt_ids(task, question.text, tokenizer)), task.answer_kind, config.num_paths)
+        for question in asked
+    ]
     options = SamplingOptions(config.max_tokens, config.temperature, config.top_p, stop=STOP)
     found: dict[int, tuple[Path, ...]] = {}
     await record_paths(engine, requests, options, max_running=config.max_running, on_question=found.__setitem__)

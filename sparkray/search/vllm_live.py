@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from vllm.sampling_params import RequestOutputKind
@@ -22,7 +22,16 @@ from sparkray.errors import InputError, NotFoundError, WaitTimeoutError
 from sparkray.metis.fields import TOKEN_FIELDS
 from sparkray.metis.vllm_engine import WatchedEngine
 from sparkray.search.answers import extract_answer
-from sparkray.search.events import DoneEvent, PruneEvent, SearchEvent, TokensEvent, VoteEvent, WaveEvent
+from sparkray.search.events import (
+    DoneEvent,
+    PruneEvent,
+    SearchEvent,
+    TokensEvent,
+    VoteEvent,
+    WaveEvent,
+    standing,
+)
+from sparkray.search.forks import Fork
 from sparkray.search.paths import FinishReason, Lane
 from sparkray.search.policies import Policy
 from sparkray.search.policies.base import PolicyRun
@@ -58,6 +67,7 @@ class LiveSearch:
         config: how paths are drawn, and the limits.
         prompt_ids: the prompt as tokens, at least one.
         question: shown in the report.
+        forks: by the number of a path, the beginning that it continues.
 
     Raises:
         InputError: an empty prompt, or one that leaves no room for an answer.
@@ -70,8 +80,11 @@ class LiveSearch:
         config: SearchConfig,
         prompt_ids: Sequence[int],
         question: str,
+        forks: Mapping[int, Fork] | None = None,
     ) -> None:
-        room = engine.vllm_config.model_config.max_model_len - len(prompt_ids) - config.stub_tokens
+        self._forks = dict(forks or {})
+        longest = max((len(fork.token_ids) for fork in self._forks.values()), default=0)
+        room = engine.vllm_config.model_config.max_model_len - len(prompt_ids) - longest - config.stub_tokens
         if not question.strip() or not prompt_ids:
             raise InputError("the question is empty, and some text is expected.", param="question")
         if room < 1:
@@ -82,6 +95,7 @@ class LiveSearch:
             )
         self.lanes: list[Lane] = []
         self.request_ids: list[str] = []
+        self.token_ids: dict[int, tuple[int, ...]] = {}
         self._engine = engine
         self._policy = policy
         self._config = config
@@ -113,7 +127,7 @@ class LiveSearch:
                     yield self._launch(num_new, num_waves)
                     num_waves += 1
                 await self._next_step(begin)
-                for event in self._take_pending():
+                for event in self._take_pending(run):
                     yield event
                 closed_by, events = await self._decide(run)
                 for event in events:
@@ -131,16 +145,14 @@ class LiveSearch:
         )
         yield DoneEvent(report)
 
-    def prefix_of(self, index: int) -> tuple[int, ...]:
-        """What a lane continues: the prompt, unless it was forked."""
-        return self._prompt_ids
-
     def _launch(self, count: int, wave: int) -> WaveEvent:
         first = len(self.lanes)
         for index in range(first, first + count):
-            lane = Lane(index, wave)
+            fork = self._forks.get(index)
+            lane = Lane(index, wave, text=fork.text if fork else "")
             self.lanes.append(lane)
-            self._start(lane, self.prefix_of(index), self._temperature(index), self._max_tokens)
+            prefix = (*self._prompt_ids, *fork.token_ids) if fork else self._prompt_ids
+            self._start(lane, prefix, self._temperature(index), self._max_tokens)
         return WaveEvent(wave, tuple(range(first, first + count)))
 
     def _temperature(self, index: int) -> float:
@@ -173,7 +185,7 @@ class LiveSearch:
                     if running.is_stub:
                         lane.text += written.text
                     else:
-                        self._grow(lane, signals, written.text, start)
+                        self._grow(lane, running.token_ids, signals, written.text, start)
                     if written.finish_reason is not None and written.finish_reason != "abort":
                         self._end(running, written.finish_reason)
         except Exception as failure:
@@ -198,9 +210,10 @@ class LiveSearch:
         signals[start : start + len(fresh)] = fresh
         return signals
 
-    def _grow(self, lane: Lane, signals: FloatArray, text: str, start: int) -> None:
+    def _grow(self, lane: Lane, token_ids: Sequence[int], signals: FloatArray, text: str, start: int) -> None:
         lane.signals = signals
         lane.text += text
+        self.token_ids[lane.index] = tuple(token_ids)
         self._pending.append(
             TokensEvent(
                 lane.index,
@@ -241,9 +254,12 @@ class LiveSearch:
         if self._failure is not None:
             raise self._failure
 
-    def _take_pending(self) -> list[SearchEvent]:
+    def _take_pending(self, run: PolicyRun) -> list[SearchEvent]:
         taken, self._pending = self._pending, []
-        return taken
+        if not any(isinstance(event, VoteEvent) for event in taken):
+            return taken
+        votes = standing(run.vote(self.lanes))
+        return [replace(event, votes=votes) if isinstance(event, VoteEvent) else event for event in taken]
 
     async def _decide(self, run: PolicyRun) -> tuple[str | None, list[SearchEvent]]:
         events: list[SearchEvent] = []

@@ -29,7 +29,7 @@ TOP_LOGPROBS = 20
 class PathRequest:
     """One prompt of which several paths are wanted."""
 
-    prompt: str
+    prompt_ids: tuple[int, ...]
     answer_kind: AnswerKind
     num_paths: int
 
@@ -96,7 +96,7 @@ async def _record_path(engine: WatchedEngine, request: PathRequest, options: Sam
     request_id = f"record-{uuid.uuid4().hex}"
     params = path_params(options, RequestOutputKind.FINAL_ONLY)
     final: CompletionOutput | None = None
-    async for output in engine.generate(request.prompt, params, request_id):
+    async for output in engine.generate({"prompt_token_ids": list(request.prompt_ids)}, params, request_id):
         final = output.outputs[0]
     if final is None:
         raise InternalError(f"the engine ended the path {request_id} without any output.")

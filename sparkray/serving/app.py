@@ -7,6 +7,7 @@ from typing import Any
 from sparkray.config.serve import EngineConfig, ServeConfig
 
 METIS_KEY = "sparkray_metis"
+MODEL_KEY = "sparkray_model"
 
 
 def llm_config_values(

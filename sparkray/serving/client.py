@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -42,7 +42,7 @@ class ChatClient:
 
     def chat(
         self, messages: Sequence[dict[str, str]], *, model: str, options: dict[str, Any] | None = None
-    ) -> Iterator[tuple[str, str]]:
+    ) -> Generator[tuple[str, str], None, None]:
         """Stream one reply as `(request id, piece of text)`.
 
         Closing the iterator closes the connection, which ends the work on the server.
@@ -51,6 +51,10 @@ class ChatClient:
         for chunk in self._events("POST", "/v1/chat/completions", body):
             for choice in chunk.get("choices", []):
                 yield str(chunk["id"]), str(choice.get("delta", {}).get("content") or "")
+
+    def search(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of one search, the last of which is `done` with the report; closing the iterator ends it."""
+        yield from self._events("POST", "/v1/search", {**body, "stream": True})
 
     def _events(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         with _reporting(self.base_url), self._http.stream(method, self.base_url + path, json=body) as reply:

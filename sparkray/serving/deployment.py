@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
@@ -21,12 +22,17 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from sparkray.cluster.metrics_bridge import observe_trace, set_active_traces
 from sparkray.config.metis import MetisConfig
 from sparkray.config.serve import ServeConfig
-from sparkray.errors import NotFoundError
+from sparkray.errors import NotFoundError, SparkrayError
 from sparkray.metis.store import TraceEntry
 from sparkray.metis.vllm_engine import WatchedEngine, prepare
 from sparkray.models import resolve_model
-from sparkray.serving.app import METIS_KEY, llm_config_values
+from sparkray.search.events import event_to_dict
+from sparkray.search.vllm_iterative import IterativeSearch
+from sparkray.search.vllm_live import LiveSearch
+from sparkray.search.vllm_parallel import iterative_search, live_search
+from sparkray.serving.app import METIS_KEY, MODEL_KEY, llm_config_values
 from sparkray.serving.ingress import build_ingress
+from sparkray.serving.search_api import SearchBody, error_event
 from sparkray.serving.trace_json import trace_json, update_of
 
 
@@ -86,6 +92,22 @@ class MetisLLMServer(LLMServer):
         await entry.wait(start, wait_seconds)
         return _replica_id(), update_of(entry, start, self._decode())
 
+    async def metis_search(self, model_id: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of one search on this replica's engine; an error is an event, the last one."""
+        asked = SearchBody.model_validate(body)
+        try:
+            async with aclosing(self._search(model_id, asked).events()) as events:
+                async for event in events:
+                    yield event_to_dict(event)
+        except SparkrayError as error:
+            yield error_event(error)
+
+    def _search(self, model_id: str, asked: SearchBody) -> LiveSearch | IterativeSearch:
+        plain = str(self._llm_config.experimental_configs[MODEL_KEY])
+        if asked.rounds is not None:
+            return iterative_search(self._watched, asked.config, asked.rounds, asked.question, plain)
+        return live_search(self._watched, asked.config, asked.question, plain)
+
     async def metis_health(self) -> tuple[str, str]:
         """`ok`, or why the engine cannot answer."""
         try:
@@ -118,6 +140,8 @@ def build_app(config: ServeConfig, *, on_cpu: bool) -> Application:
     source = resolve_model(config.model)
     model_id = config.model_id or source.model_id
     values = llm_config_values(config, model_path=source.path_or_id, model_id=model_id, on_cpu=on_cpu)
+    # A replica may serve under a name of its own; a search profile knows the model by its plain one.
+    values["experimental_configs"][MODEL_KEY] = source.model_id
     llm_config = LLMConfig(**values)
     server = build_llm_deployment(llm_config, name_prefix="LLM:", deployment_cls=MetisLLMServer)
     ingress = build_ingress(max_body_bytes=config.max_body_bytes, max_json_depth=config.max_json_depth)

@@ -8,9 +8,9 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.llm._internal.serve.utils.broadcast import broadcast
@@ -20,6 +20,8 @@ from sparkray.errors import NotFoundError, UnavailableError
 from sparkray.serving.body_guard import BodyGuard
 from sparkray.serving.error_bodies import install_error_bodies
 from sparkray.serving.exposition import merge_expositions
+from sparkray.serving.page import page_folder
+from sparkray.serving.search_api import SearchBody, event_stream
 from sparkray.serving.swagger import swagger_folder
 
 REPLICA_TIMEOUT_SECONDS = 10.0
@@ -29,6 +31,7 @@ APPEAR_TIMEOUT_SECONDS = 10.0
 
 ENDPOINTS = {
     **DEFAULT_ENDPOINTS,
+    "search": lambda app: app.post("/v1/search", tags=["search"]),
     "trace": lambda app: app.get("/v1/metis/traces/{request_id}", tags=["metis"]),
     "trace_stream": lambda app: app.get("/v1/metis/traces/{request_id}/stream", tags=["metis"]),
     "health": lambda app: app.get("/health", tags=["operations"]),
@@ -38,6 +41,26 @@ ENDPOINTS = {
 
 class SparkrayIngress(OpenAiIngress):
     """OpenAI's routes and ours over the same replicas."""
+
+    async def search(self, body: SearchBody, request: Request) -> Response:
+        """Many paths of thought for one question, pruned while they are written, and a vote over their answers.
+
+        JSON is the report; with `stream` every wave, prune, vote and piece of text is an event. A client that goes
+        away aborts all paths: Serve cancels this call, and with it the replica's.
+        """
+        model_id = await self._get_model_id(body.model)
+        handle = self._get_configured_serve_handle(model_id)
+        events = aiter(handle.metis_search.remote(model_id, body.model_dump(mode="json")))
+        event = await anext(events)
+        if event["kind"] == "error":
+            return JSONResponse({"error": event["error"]}, status_code=event["status"])
+        if body.stream:
+            return StreamingResponse(event_stream(event, events), media_type="text/event-stream")
+        async for event in events:
+            pass
+        if event["kind"] == "error":
+            return JSONResponse({"error": event["error"]}, status_code=event["status"])
+        return JSONResponse(event["report"])
 
     async def trace(self, request_id: str) -> Response:
         """The trace of one request: whole when it has ended, what there is so far while it runs."""
@@ -124,7 +147,17 @@ def build_ingress(*, max_body_bytes: int, max_json_depth: int) -> type:
     install_error_bodies(app)
     app.add_middleware(BodyGuard, max_body_bytes=max_body_bytes, max_depth=max_json_depth)
     _serve_docs_offline(app)
+    _serve_page(app)
     return make_fastapi_ingress(SparkrayIngress, endpoint_map=ENDPOINTS, app=app)  # type: ignore[no-any-return]
+
+
+def _serve_page(app: FastAPI) -> None:
+    """The page of the search at `/`, with its files below `/page`."""
+    app.mount("/page", StaticFiles(directory=page_folder()), name="page")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(page_folder() / "index.html")
 
 
 def _serve_docs_offline(app: FastAPI) -> None:
