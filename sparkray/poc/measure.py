@@ -18,11 +18,11 @@ from sparkray.poc.seeds import generator
 _DRAWN = 2_000_000
 _MATRIX = {"cpu": 1024, "cuda": 8192}
 # Two shapes unlike each other: the share of peak is taken from the first and tried on the second.
-_CALIBRATE = ModelParams(
+CALIBRATED_ON = ModelParams(
     dim=512, n_layers=4, n_heads=8, n_kv_heads=8, vocab_size=1024, ffn_dim_multiplier=2.0, multiple_of=256,
     seq_len=32,
 )  # fmt: skip
-_TRY = ModelParams(
+TRIED_ON = ModelParams(
     dim=256, n_layers=12, n_heads=8, n_kv_heads=8, vocab_size=2048, ffn_dim_multiplier=6.0, multiple_of=256,
     seq_len=48,
 )  # fmt: skip
@@ -43,14 +43,14 @@ def measure_machine(device_name: str = "auto") -> Machine:
 
     peak = 2.0 * size**3 / _best_seconds(multiply) / 1e12
     machine = Machine(str(device), peak, 0.0, 1.0, normals, prep_threads=2)
-    ideal = predict(_CALIBRATE, WeightsConfig(), machine).raw_per_hour
-    return replace(machine, utilisation=_rate(_CALIBRATE, device_name) * 3600 / ideal)
+    ideal = predict(CALIBRATED_ON, WeightsConfig(), machine).raw_per_hour
+    return replace(machine, utilisation=_rate(CALIBRATED_ON, device_name) * 3600 / ideal)
 
 
 def check_cost_model(machine: Machine) -> dict[str, float]:
     """Predicted and measured nonces a second of a shape that was not used to calibrate."""
-    predicted = predict(_TRY, WeightsConfig(), machine).raw_per_hour / 3600
-    measured = _rate(_TRY, machine.name)
+    predicted = predict(TRIED_ON, WeightsConfig(), machine).raw_per_hour / 3600
+    measured = _rate(TRIED_ON, machine.name)
     return {"predicted": predicted, "measured": measured, "predicted_over_measured": predicted / measured}
 
 

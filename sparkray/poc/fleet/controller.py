@@ -171,7 +171,9 @@ class Controller:
             return False
         opened_at = self.barrier.opened_at
         return all(
-            seat.report is None or (seat.report.generated is None and seat.answered_of >= opened_at)
+            seat.handle is None
+            or seat.report is None
+            or (seat.report.generated is None and seat.answered_of >= opened_at)
             for seat in self.seats
         )
 

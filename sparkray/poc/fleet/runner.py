@@ -58,7 +58,12 @@ class FleetRunner:
             self.controller.receive(key, batch, time.monotonic(), node_count)
 
     def stop(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> bool:
-        """Stop all workers, record what they have computed, and let them go; whether all was recorded in time."""
+        """Stop all workers, record what they have computed, and let them go; whether all was recorded in time.
+
+        A second call does nothing.
+        """
+        if self._ended.is_set():
+            return True
         deadline = time.monotonic() + timeout_seconds
         barrier = self.order(Phase.STOP)
         barrier.opened.wait(timeout_seconds)
