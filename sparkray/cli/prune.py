@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Cut experts of a mixture-of-experts model (REAP), and check the rest.")
 
 Model = Annotated[Path, typer.Argument(help="Model directory: config.json and safetensors shards.", metavar="MODEL")]
-Data = Annotated[Path, typer.Option(help="Calibration set: .json, .jsonl or .txt.")]
+Data = Annotated[
+    str, typer.Option(help="Calibration set: .json, .jsonl, .txt, reasoning-gym[TASK]:N, or a hub's NAME(SPLIT):N.")
+]
 Work = Annotated[Path | None, typer.Option(help="Folder of partial sums and results; artifacts/MODEL/DATA by default.")]
 GateSource = Annotated[str | None, typer.Option(help="`model` (the gates it uses) or `upstream` (softmax of logits).")]
-Placement = Annotated[str | None, typer.Option(help="`auto`, `resident` or `streaming` (one layer in memory).")]
+Placement = Annotated[
+    str | None, typer.Option(help="`auto`, `resident`, `streaming` (one layer in memory) or `layers` (over the nodes).")
+]
+OnRay = Annotated[bool, typer.Option("--ray/--no-ray", help="Use the Ray cluster that runs here: one actor a node.")]
 Dtype = Annotated[str | None, typer.Option(help="`auto`, `float32`, `bfloat16` or `float16`.")]
 Device = Annotated[str | None, typer.Option(help="torch device of the forward.")]
 Criterion = Annotated[str | None, typer.Option(help="Score of an expert: reap, reap_l2, frequency, ean_mean, ...")]
@@ -62,6 +67,7 @@ def experts(
     max_token_kl: MaxTokenKl = None,
     min_top1_agreement: MinTop1Agreement = None,
     check: Annotated[bool, typer.Option(help="Compare both models at the end.")] = True,
+    on_ray: OnRay = False,
     config: ConfigFiles = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
@@ -87,18 +93,22 @@ def experts(
             "device": device,
         },
     )
+    from sparkray.cli.prune_where import run_place
     from sparkray.pruning.pipeline import prune_experts
 
-    report = prune_experts(
-        model,
-        data,
-        settings,
-        work=work or _default_work(model, data),
-        out=out,
-        bar=_progress,
-        check=check,
-        dry_run=dry_run,
-    )
+    with run_place(settings.actors, on_ray=on_ray) as (run_observe, run_shards):
+        report = prune_experts(
+            model,
+            data,
+            settings,
+            work=work or _default_work(model, data),
+            out=out,
+            bar=_progress,
+            check=check,
+            dry_run=dry_run,
+            run_observe=run_observe,
+            run_shards=run_shards,
+        )
     _print(report, json)
 
 
@@ -143,6 +153,7 @@ def observe(
     max_tokens: MaxTokens = None,
     long_text: LongText = None,
     num_samples: NumSamples = None,
+    on_ray: OnRay = False,
     config: ConfigFiles = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
@@ -151,13 +162,15 @@ def observe(
     flags = {"max_sequence_tokens": max_tokens, "long_text": long_text, "num_samples": num_samples}
     watch = {"gate_source": gate_source, "placement": placement, "dtype": dtype, "device": device}
     settings = _settings(config, overrides, calibration=flags, observe=watch)
+    from sparkray.cli.prune_where import run_place
     from sparkray.pruning.checkpoint import Checkpoint
     from sparkray.pruning.pipeline import load_data, observe_stage
 
     checkpoint = Checkpoint(model)
     rows = load_data(checkpoint, data, settings.calibration)
     folder = work or _default_work(model, data)
-    parts = observe_stage(checkpoint, rows, settings.observe, folder, _progress)
+    with run_place(settings.actors, on_ray=on_ray) as (run_observe, _):
+        parts = observe_stage(checkpoint, rows, settings.observe, folder, _progress, run_observe)
     _print({"work": str(folder), "num_shards": len(parts), "num_tokens": rows.num_tokens}, json)
 
 
@@ -203,18 +216,21 @@ def rewrite(
     out: Annotated[
         Path | None, typer.Option(help="Directory of the pruned checkpoint; beside the plan by default.")
     ] = None,
+    on_ray: OnRay = False,
     dry_run: DryRun = False,
     json: JsonFlag = False,
 ) -> None:
     """Write the checkpoint that a plan describes, byte for byte in the precision it has."""
+    from sparkray.cli.prune_where import run_place
+    from sparkray.config.pruning import ActorConfig
     from sparkray.pruning.checkpoint import Checkpoint
     from sparkray.pruning.plan import read_plan
     from sparkray.pruning.rewrite import rewrite as write
 
     made = read_plan(plan)
     target = out or plan.parent / made.directory_name
-    with _progress("rewrite") as advance:
-        summary = write(Checkpoint(model), made, target, dry_run=dry_run, progress=advance)
+    with run_place(ActorConfig(), on_ray=on_ray) as (_, run_shards), _progress("rewrite") as advance:
+        summary = write(Checkpoint(model), made, target, dry_run=dry_run, run=run_shards, progress=advance)
     _print(
         {
             "directory": str(summary.directory),
@@ -347,8 +363,10 @@ def _settings(config: list[Path] | None, overrides: list[str] | None, **parts: M
     return load_settings(PruneConfig, config or (), overrides or (), given)
 
 
-def _default_work(model: Path, data: Path) -> Path:
-    return Path("artifacts") / model.resolve().name / data.stem
+def _default_work(model: Path, data: str) -> Path:
+    from sparkray.pruning.pipeline import default_work
+
+    return default_work(model, data)
 
 
 def _print(report: Mapping[str, Any], as_json: bool) -> None:

@@ -24,7 +24,7 @@ CriterionName = Literal[
     "random",
 ]
 GateSource = Literal["model", "upstream"]
-PlacementName = Literal["auto", "resident", "streaming"]
+PlacementName = Literal["auto", "resident", "layers", "streaming"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LongTextRule = Literal["refuse", "truncate", "split"]
 ProtectRule = Literal["none", "super", "outliers"]
@@ -35,7 +35,7 @@ class CalibrationConfig(Settings):
 
     max_sequence_tokens: int = Field(2048, ge=2, le=1_048_576, description="Longest sequence that is watched.")
     long_text: LongTextRule = Field("refuse", description="What happens to a text longer than that.")
-    num_samples: int | None = Field(None, ge=1, description="Rows drawn from the set; all of them when unset.")
+    num_samples: int | None = Field(None, ge=1, description="Rows drawn from each file or dataset; unset: all.")
     seed: int = Field(42, ge=0, description="Seed of the draw, and part of the directory's name.")
 
 
@@ -47,7 +47,9 @@ class ObserveConfig(Settings):
         None, description="With upstream gates: renormalise over the top-k; unset follows config.norm_topk_prob."
     )
     dtype: DtypeName = Field("auto", description="Type of the forward; `auto` is the checkpoint's own.")
-    placement: PlacementName = Field("auto", description="`streaming` holds one layer in memory.")
+    placement: PlacementName = Field(
+        "auto", description="`streaming` holds one layer in memory; `layers` spreads them over the nodes of a cluster."
+    )
     resident_share: float = Field(
         0.7, gt=0, le=1, description="Share of available memory that a resident model may take under `auto`."
     )
@@ -57,6 +59,16 @@ class ObserveConfig(Settings):
         2.0, gt=0, description="Hidden states held while streaming, in GB; more means fewer reads of the checkpoint."
     )
     device: str = Field("cpu", description="torch device of the forward.")
+
+
+class ActorConfig(Settings):
+    """The Ray actors of an observation, one a node."""
+
+    num_cpus: float = Field(1.0, gt=0, description="CPUs that an actor reserves; also its threads.")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs that an actor reserves; unset: 1 on cuda.")
+    max_attempts: int = Field(3, ge=1, le=100, description="Times that a shard is tried when actors die under it.")
+    start_timeout_seconds: float = Field(300.0, gt=0, description="Limit for an actor to answer at all.")
+    shard_timeout_seconds: float = Field(7200.0, gt=0, description="Limit for the next shard to be finished.")
 
 
 class PlanConfig(Settings):
@@ -98,5 +110,6 @@ class PruneConfig(Settings):
 
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig, description="The calibration set.")
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="The forward passes.")
+    actors: ActorConfig = Field(default_factory=ActorConfig, description="The same, spread over a Ray cluster.")
     plan: PlanConfig = Field(default_factory=PlanConfig, description="What is cut.")
     check: ValidateConfig = Field(default_factory=ValidateConfig, description="What must still hold.")

@@ -13,6 +13,7 @@ from typing import Any
 
 from sparkray.config.pruning import CalibrationConfig
 from sparkray.errors import InputError, NotFoundError, UsageError
+from sparkray.pruning.calibration_sources import CalibrationSource, dataset_rows, parse_sources
 
 _TEXT_KEYS = ("prompt", "text", "question", "input", "content")
 
@@ -86,16 +87,16 @@ class CalibrationSet:
 
 
 def read_calibration(
-    path: Path, config: CalibrationConfig, tokenize: Callable[[Any], list[int]] | None = None
+    source: Path | str, config: CalibrationConfig, tokenize: Callable[[Any], list[int]] | None = None
 ) -> CalibrationSet:
-    """A calibration set from a .json, .jsonl or .txt file.
+    """A calibration set from a .json, .jsonl or .txt file, or from the sources that calibration_sources.py names.
 
     A row is a text, an object with one of prompt/text/question/input/content or `messages`, or token ids
     (`input_ids`, with an optional `attention_mask`). One object whose `input_ids` are nested lists of rows holds
     them all. A .txt file has one text a line.
 
     Args:
-        path: the file.
+        source: the file, or a text such as `a.json,reasoning-gym[chain_sum]:64`.
         config: how it is cut.
         tokenize: turns a text, or a list of chat messages, into ids; needed where a row is not ids already.
 
@@ -103,16 +104,27 @@ def read_calibration(
         NotFoundError, InputError: the file is missing, not parsable, empty, or a row cannot be used, by its number.
         UsageError: a row needs a tokenizer and the model has none.
     """
-    rows = list(_rows(path))
-    if not rows:
-        raise InputError(f"{path} holds no calibration row.")
-    if config.num_samples is not None and config.num_samples < len(rows):
-        picked = sorted(random.Random(config.seed).sample(range(len(rows)), config.num_samples))
-        rows = [rows[place] for place in picked]
     sequences: list[TokenSequence] = []
-    for number, row in enumerate(rows):
-        sequences += _cut(_sequence(path, number, row, tokenize), config, path, number)
+    for where, rows in _source_rows(source, config):
+        for number, row in rows:
+            sequences += _cut(_sequence(where, number, row, tokenize), config, where, number)
     return CalibrationSet(tuple(sequences))
+
+
+def _source_rows(source: Path | str, config: CalibrationConfig) -> Iterator[tuple[str, list[tuple[int, Any]]]]:
+    """(name, numbered rows) of every part of a calibration set; `num_samples` are drawn from each."""
+    for part in [CalibrationSource(str(source))] if isinstance(source, Path) else parse_sources(source):
+        if part.is_file or isinstance(source, Path):
+            rows = list(enumerate(_rows(Path(part.name))))
+        else:
+            rows = list(enumerate(dataset_rows(part, config.seed)))
+        if not rows:
+            raise InputError(f"{part.name} holds no calibration row.")
+        wanted = min(count for count in (part.num_rows, config.num_samples, len(rows)) if count is not None)
+        if wanted < len(rows):
+            picked = sorted(random.Random(config.seed).sample(range(len(rows)), wanted))
+            rows = [rows[place] for place in picked]
+        yield part.name, rows
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -149,9 +161,10 @@ def _flatten(data: Any, path: Path) -> Iterator[Any]:
         yield from _rows_of_ids(data["input_ids"], data.get("attention_mask"), path)
         return
     lists = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else []
-    if len(lists) != 1:
-        raise InputError(f"{path} holds neither a list of rows nor an object with one list of them.")
-    yield from lists[0]
+    if not lists:
+        raise InputError(f"{path} holds neither a list of rows nor an object with lists of them.")
+    for rows in lists:  # one list, or one a category
+        yield from rows
 
 
 def _rows_of_ids(ids: list[Any], masks: Any, path: Path) -> Iterator[dict[str, Any]]:
@@ -164,7 +177,7 @@ def _rows_of_ids(ids: list[Any], masks: Any, path: Path) -> Iterator[dict[str, A
         yield from _rows_of_ids(row, None if masks is None else masks[place], path)
 
 
-def _sequence(path: Path, number: int, row: Any, tokenize: Callable[[Any], list[int]] | None) -> TokenSequence:
+def _sequence(path: str, number: int, row: Any, tokenize: Callable[[Any], list[int]] | None) -> TokenSequence:
     where = f"row {number} of {path}"
     if isinstance(row, dict) and "input_ids" in row:
         ids, mask = row["input_ids"], row.get("attention_mask")
@@ -187,7 +200,7 @@ def _sequence(path: Path, number: int, row: Any, tokenize: Callable[[Any], list[
     return TokenSequence.of(ids)
 
 
-def _cut(sequence: TokenSequence, config: CalibrationConfig, path: Path, number: int) -> list[TokenSequence]:
+def _cut(sequence: TokenSequence, config: CalibrationConfig, path: str, number: int) -> list[TokenSequence]:
     limit = config.max_sequence_tokens
     if len(sequence.ids) <= limit:
         return [sequence]

@@ -8,7 +8,6 @@ import psutil
 import torch
 
 from sparkray.config.pruning import ObserveConfig
-from sparkray.errors import UnavailableError
 from sparkray.pruning.calibration import CalibrationSet, CalibrationShard, TokenSequence
 from sparkray.pruning.checkpoint import Checkpoint
 from sparkray.pruning.families import text_config
@@ -16,7 +15,7 @@ from sparkray.pruning.layered_model import LayeredModel, resolve_dtype
 from sparkray.pruning.layout import read_layout
 from sparkray.pruning.observe import ExpertObserver
 from sparkray.pruning.partials import ObservationKey, PartialStore
-from sparkray.pruning.sizes import dense_bytes
+from sparkray.pruning.placement import choose_placement
 from sparkray.pruning.statistics import Statistics
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -38,14 +37,10 @@ class ShardObserver:
         self._model = LayeredModel(checkpoint, dtype, config.device)
         if config.placement == "resident":
             self._model.load_layers(range(self._model.num_layers))
-        self._renormalize = _renormalize(checkpoint, config)
 
     def observe(self, shards: Sequence[CalibrationShard]) -> list[Statistics]:
         """Statistics of every shard. Streaming reads the checkpoint once for all of them."""
-        observer = ExpertObserver(
-            self._model.model, self.checkpoint.family.interface, self.config.gate_source, self._renormalize
-        )
-        with observer:
+        with expert_observer(self._model.model, self.checkpoint, self.config) as observer:
             if self.config.placement == "resident":
                 return [self._observe_resident(observer, shard) for shard in shards]
             return self._observe_streaming(observer, shards)
@@ -91,9 +86,10 @@ def observe(
     shards = data.shards(config.shard_sequences)
     missing = [shard for shard in shards if not store.has(shard.number)]
     if missing:
-        config = decide_placement(checkpoint, config)
+        placement = choose_placement(checkpoint, config, [available_bytes(config.device)])
+        config = config.model_copy(update={"placement": placement})
         observer = ShardObserver(checkpoint, config)
-        for group in _groups(missing, checkpoint, config):
+        for group in shard_groups(missing, checkpoint, config):
             for shard, statistics in zip(group, observer.observe(group), strict=True):
                 store.write(shard.number, statistics)
             if progress is not None:
@@ -115,42 +111,19 @@ def check_data(checkpoint: Checkpoint, data: CalibrationSet) -> None:
     data.check_vocabulary(int(config["vocab_size"]), max_position if isinstance(max_position, int) else None)
 
 
-def decide_placement(checkpoint: Checkpoint, config: ObserveConfig) -> ObserveConfig:
-    """Settle `auto`: resident where the dense model fits, streaming where a layer does.
-
-    Raises:
-        UnavailableError: not even one layer fits.
-    """
-    if config.placement != "auto":
-        return config
-    dtype = resolve_dtype(config.dtype, checkpoint)
-    whole, one_layer = dense_bytes(checkpoint, dtype.itemsize)
-    allowed = _available_bytes(config.device) * config.resident_share
-    if whole <= allowed:
-        return config.model_copy(update={"placement": "resident"})
-    if one_layer > allowed:
-        raise UnavailableError(
-            f"the largest layer takes {one_layer / 1e9:.1f} GB dense and {allowed / 1e9:.1f} GB may be used.",
-            hint="Free memory, or raise resident_share.",
-        )
-    return config.model_copy(update={"placement": "streaming"})
+def expert_observer(model: torch.nn.Module, checkpoint: Checkpoint, config: ObserveConfig) -> ExpertObserver:
+    """The observer that the settings describe, for a model of this checkpoint."""
+    renormalize = config.renormalize_upstream
+    if renormalize is None:
+        renormalize = bool(text_config(checkpoint.config, checkpoint.family).get("norm_topk_prob", False))
+    return ExpertObserver(model, checkpoint.family.interface, config.gate_source, renormalize)
 
 
-def micro_batches(sequences: Sequence[TokenSequence], size: int) -> Iterator[MicroBatch]:
-    """(ids [B, T], mask [B, T]) of `size` sequences each, padded at the end with zeros."""
-    for start in range(0, len(sequences), size):
-        part = sequences[start : start + size]
-        length = max(len(sequence.ids) for sequence in part)
-        ids = [(*sequence.ids, *(0,) * (length - len(sequence.ids))) for sequence in part]
-        mask = [(*sequence.mask, *(0,) * (length - len(sequence.ids))) for sequence in part]
-        yield torch.tensor(ids), torch.tensor(mask)
-
-
-def _groups(
+def shard_groups(
     shards: Sequence[CalibrationShard], checkpoint: Checkpoint, config: ObserveConfig
 ) -> Iterator[Sequence[CalibrationShard]]:
     """Shards that go through the model together: one by one when resident; as many as their hidden states allow."""
-    if config.placement == "resident":
+    if config.placement != "streaming":
         yield from ([shard] for shard in shards)
         return
     hidden_size = int(text_config(checkpoint.config, checkpoint.family)["hidden_size"])
@@ -167,14 +140,19 @@ def _groups(
     yield group
 
 
-def _available_bytes(device: str) -> int:
+def micro_batches(sequences: Sequence[TokenSequence], size: int) -> Iterator[MicroBatch]:
+    """(ids [B, T], mask [B, T]) of `size` sequences each, padded at the end with zeros."""
+    for start in range(0, len(sequences), size):
+        part = sequences[start : start + size]
+        length = max(len(sequence.ids) for sequence in part)
+        ids = [(*sequence.ids, *(0,) * (length - len(sequence.ids))) for sequence in part]
+        mask = [(*sequence.mask, *(0,) * (length - len(sequence.ids))) for sequence in part]
+        yield torch.tensor(ids), torch.tensor(mask)
+
+
+def available_bytes(device: str) -> int:
+    """Memory of this machine that a model on `device` may take."""
     if device.startswith("cuda"):
         # Unified memory reports the machine's: the smaller of the two is what can be used.
         return min(torch.cuda.mem_get_info(device)[0], psutil.virtual_memory().available)
     return psutil.virtual_memory().available
-
-
-def _renormalize(checkpoint: Checkpoint, config: ObserveConfig) -> bool:
-    if config.renormalize_upstream is not None:
-        return config.renormalize_upstream
-    return bool(text_config(checkpoint.config, checkpoint.family).get("norm_topk_prob", False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,10 +20,10 @@ from sparkray.pruning.calibration import CalibrationSet, read_calibration
 from sparkray.pruning.checkpoint import Checkpoint, write_atomically
 from sparkray.pruning.heatmap import write_heatmap
 from sparkray.pruning.layout import read_layout
-from sparkray.pruning.observation import observation_key, observe
+from sparkray.pruning.observation import Progress, observation_key, observe
 from sparkray.pruning.partials import PartialStore
 from sparkray.pruning.plan import PrunePlan, make_plan, plan_summary, router_limits
-from sparkray.pruning.rewrite import rewrite
+from sparkray.pruning.rewrite import ShardRunner, rewrite
 from sparkray.pruning.selection import experts_to_keep
 from sparkray.pruning.sizes import checkpoint_size
 from sparkray.pruning.statistics import Statistics
@@ -34,20 +35,33 @@ HEATMAP_NAME = "reap_heatmap.png"
 
 # Opens a progress bar with a description; gives the function that moves it.
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+# Observes what a store lacks: `observe` in this process, `actors.cluster_observe(...)` over a cluster.
+Observe = Callable[[Checkpoint, CalibrationSet, ObserveConfig, PartialStore, Progress | None], Statistics]
 
 
-def load_data(checkpoint: Checkpoint, path: Path, config: CalibrationConfig) -> CalibrationSet:
+def default_work(model: Path, source: str) -> Path:
+    """`artifacts/MODEL/DATA`: where partial sums and results go when no folder is named."""
+    name = Path(source).stem if Path(source).is_file() else re.sub(r"[^\w.+-]+", "_", source).strip("_")
+    return Path("artifacts") / model.resolve().name / name
+
+
+def load_data(checkpoint: Checkpoint, source: Path | str, config: CalibrationConfig) -> CalibrationSet:
     """A calibration set, read with the model's own tokenizer."""
-    return read_calibration(path, config, tokenizer_of(checkpoint.directory))
+    return read_calibration(source, config, tokenizer_of(checkpoint.directory))
 
 
 def observe_stage(
-    checkpoint: Checkpoint, data: CalibrationSet, config: ObserveConfig, work: Path, bar: Bar
+    checkpoint: Checkpoint,
+    data: CalibrationSet,
+    config: ObserveConfig,
+    work: Path,
+    bar: Bar,
+    run: Observe = observe,
 ) -> list[Statistics]:
     """Statistics of every shard, observed now or before."""
     store = PartialStore(work / "observations", observation_key(checkpoint, data, config))
     with bar("observe") as progress:
-        observe(checkpoint, data, config, store, progress)
+        run(checkpoint, data, config, store, progress)
     return [store.read(shard.number) for shard in data.shards(config.shard_sequences)]
 
 
@@ -102,7 +116,7 @@ def routed_share_lost(plan: PrunePlan) -> dict[str, float]:
 
 def prune_experts(
     model: Path,
-    data_path: Path,
+    source: Path | str,
     config: PruneConfig,
     *,
     work: Path,
@@ -110,18 +124,22 @@ def prune_experts(
     bar: Bar,
     check: bool = True,
     dry_run: bool = False,
+    run_observe: Observe = observe,
+    run_shards: ShardRunner = map,
 ) -> dict[str, Any]:
     """From a checkpoint to a pruned and checked one.
 
     Args:
         model: the source directory, which is only read.
-        data_path: calibration file.
+        source: calibration file, or sets named as in calibration_sources.py.
         config: all settings.
         work: folder of the partial sums; the same folder lets a killed run go on.
         out: directory of the pruned checkpoint; WORK/pruned_models/NAME when None.
         bar: progress bars.
         check: compare both models at the end.
         dry_run: observe and plan, and write no checkpoint.
+        run_observe: how shards of the calibration set are observed.
+        run_shards: how shards of the checkpoint are written.
 
     Returns:
         The report with `directory`, `num_bytes` and `num_bytes_before`.
@@ -131,14 +149,14 @@ def prune_experts(
     """
     checkpoint = Checkpoint(model)
     check_request(checkpoint, config.plan)
-    data = load_data(checkpoint, data_path, config.calibration)
-    parts = observe_stage(checkpoint, data, config.observe, work, bar)
+    data = load_data(checkpoint, source, config.calibration)
+    parts = observe_stage(checkpoint, data, config.observe, work, bar, run_observe)
     plan = plan_stage(checkpoint, parts, data, config)
     target = out or work / "pruned_models" / plan.directory_name
     if not dry_run:
         target.parent.mkdir(parents=True, exist_ok=True)
     with bar("rewrite") as progress:
-        summary = rewrite(checkpoint, plan, target, dry_run=dry_run, progress=progress)
+        summary = rewrite(checkpoint, plan, target, dry_run=dry_run, run=run_shards, progress=progress)
     place = {
         "directory": str(target),
         "num_bytes": summary.num_bytes,

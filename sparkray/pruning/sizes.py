@@ -46,6 +46,12 @@ def checkpoint_size(checkpoint: Checkpoint, layout: Layout) -> CheckpointSize:
 
 def dense_bytes(checkpoint: Checkpoint, itemsize: int) -> tuple[int, int]:
     """(whole model, largest layer with embeddings) in bytes once every weight is dense with `itemsize` bytes."""
+    outside, layers = dense_layer_bytes(checkpoint, itemsize)
+    return outside + sum(layers.values()), outside + max(layers.values(), default=0)
+
+
+def dense_layer_bytes(checkpoint: Checkpoint, itemsize: int) -> tuple[int, dict[tuple[str, int], int]]:
+    """(bytes outside of the layers, (stack, layer number) -> bytes) with every weight dense."""
     layers: dict[tuple[str, int], int] = {}
     outside = 0
     for name, tensor in checkpoint.tensors.items():
@@ -56,4 +62,4 @@ def dense_bytes(checkpoint: Checkpoint, itemsize: int) -> tuple[int, int]:
             outside += size
         else:
             layers[place[:2]] = layers.get(place[:2], 0) + size
-    return outside + sum(layers.values()), outside + max(layers.values(), default=0)
+    return outside, layers
