@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,14 @@ def record(
     Raises:
         SparkrayError: the server refused a prompt, whose id is in the message, or went away.
     """
+    stopped = threading.Event()
 
     def ask(prompt: PromptRow) -> dict[str, Any]:
         options = {"temperature": temperature, "max_tokens": max_tokens, "vllm_xargs": {"metis": 1}}
         try:
-            ids = [request_id for request_id, _ in client.chat(_messages(prompt), model=model, options=options)]
+            with closing(client.chat(_messages(prompt), model=model, options=options)) as pieces:
+                # Read to its end, unless the recording ends first: closing it ends the work on the server.
+                ids = [request_id for request_id, _ in takewhile(lambda _: not stopped.is_set(), pieces)]
             trace = client.trace(ids[0])
         except SparkrayError as failure:
             raise type(failure)(f"prompt {prompt.id!r}: {failure.message}", hint=failure.hint) from failure
@@ -59,6 +65,7 @@ def record(
             for finished in as_completed(pending):
                 yield finished.result()
         finally:
+            stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
 

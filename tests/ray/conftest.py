@@ -1,4 +1,4 @@
-"""One Ray cluster of two nodes for all tests of this folder: processes of its own, on this machine's loopback.
+"""One Ray cluster of two nodes for all tests of this folder, the second in a network of its own where that can be had.
 
     def test_x(cluster: RayCluster) -> None: ...        # over HTTP and by Ray's own commands
     def test_y(ray_connection: None) -> None: ...       # `ray.remote` from the test's own process
@@ -23,6 +23,7 @@ import pytest
 from sparkray.cluster.processes import free_port, spawn
 from sparkray.cluster.session import Session, end_session, leftovers, start_session
 from sparkray.config.cluster import ClusterConfig
+from tests.ray.second_network import SecondNetwork, second_network
 
 NUM_CPUS_PER_NODE = 8
 _START_SECONDS = 120.0
@@ -34,10 +35,12 @@ class RayCluster:
 
     Attributes:
         session: the head, its address, dashboard and token.
+        network: the addresses of the two nodes.
         env: the environment in which Ray's commands reach it.
     """
 
     session: Session
+    network: SecondNetwork
     env: dict[str, str]
 
     def ray(self, *arguments: str, timeout_seconds: float) -> subprocess.CompletedProcess[str]:
@@ -50,11 +53,13 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, second_network() as network:
         patch.setenv("SPARKRAY_STATE", str(tmp_path_factory.mktemp("state")))
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", network.interfaces[0])
         config = ClusterConfig(
+            node_ip=network.head_ip,
             num_cpus=NUM_CPUS_PER_NODE,
             object_store_gib=0.2,
             dashboard_port=free_port(),
@@ -62,11 +67,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         )
         session = start_session(config, name="tests")
         try:
-            _start_second_node(session)
-            yield RayCluster(session, {**os.environ, **session.environment()})
+            _start_second_node(session, network)
+            yield RayCluster(session, network, {**os.environ, **session.environment()})
         finally:
             end_session(session)
-    assert leftovers(session) == []
+        assert leftovers(session) == []
 
 
 @pytest.fixture(scope="session")
@@ -88,15 +93,16 @@ def ray_connection(cluster: RayCluster) -> Iterator[None]:
             ray.shutdown()
 
 
-def _start_second_node(session: Session) -> None:
+def _start_second_node(session: Session, network: SecondNetwork) -> None:
     """Join a node to the session and wait until the head counts it."""
     log_path = Path(session.temp_dir) / "node-2.log"
     command = [
+        *network.prefix,
         str(Path(sys.executable).with_name("ray")),
         "start",
         "--block",
         f"--address={session.address}",
-        "--node-ip-address=127.0.0.2",
+        f"--node-ip-address={network.node_ip}",
         f"--num-cpus={NUM_CPUS_PER_NODE}",
         "--object-store-memory=200000000",
         f"--dashboard-agent-listen-port={free_port()}",
@@ -106,6 +112,7 @@ def _start_second_node(session: Session) -> None:
     environment = {
         **session.environment(),
         "RAY_ADDRESS": "",
+        "GLOO_SOCKET_IFNAME": network.interfaces[1],
         "RAY_memory_monitor_refresh_ms": "0",
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
     }

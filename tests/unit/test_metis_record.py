@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from sparkray.cli.metis import app
 from sparkray.errors import InputError, SparkrayError, UnavailableError, UsageError
+from sparkray.metis.batch_input import read_prompts
 from sparkray.metis.recordings import read_recording
+from sparkray.serving.record import record
 
 NUM_TOKENS = 60
 
@@ -129,3 +131,31 @@ def test_answers_made_in_different_ways_are_not_one_recording(key: str, tmp_path
     file.write_text("".join(json.dumps({"entropies": [1.0], key: value}) + "\n" for value in (1, 2)))
     with pytest.raises(UsageError, match=f"several {key}s: 1, 2"):
         read_recording(file)
+
+
+def test_a_recording_that_is_stopped_closes_its_streams(tmp_path: Path) -> None:
+    """One answer is whole, the others go on for ever until the recording is closed."""
+    running, closed = threading.Semaphore(0), threading.Semaphore(0)
+
+    class _EndlessClient:
+        def chat(self, messages: list[dict[str, str]], **_: object) -> Iterator[tuple[str, str]]:
+            if messages[-1]["content"] == "short":
+                assert all(running.acquire(timeout=60) for _ in range(2))
+                yield "short", "x"
+                return
+            running.release()
+            try:
+                while True:
+                    yield "endless", "x"
+            finally:
+                closed.release()
+
+        def trace(self, request_id: str) -> dict[str, Any]:
+            return {"finish_reason": "stop", "events": [{"token_entropy": 1.5}]}
+
+    prompts = read_prompts(prompts_file(tmp_path / "in.jsonl", ["endless", "short", "endless too"]))
+    client: Any = _EndlessClient()
+    answers = record(client, prompts, model="m", temperature=0.0, max_tokens=1, concurrency=3)
+    assert next(answers)["entropies"] == [1.5]
+    answers.close()  # type: ignore[attr-defined]
+    assert all(closed.acquire(timeout=60) for _ in range(2))
