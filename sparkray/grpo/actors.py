@@ -16,7 +16,7 @@ from sparkray.grpo.rewards import RewardScorer, Sample, Score
 from sparkray.models import prepare_model
 
 if TYPE_CHECKING:
-    from sparkray.grpo.rollouts import PromptRequest, RolloutGroup
+    from sparkray.grpo.rollouts import Drawing, PromptRequest, RolloutGroup
 
 _KILL_MARGIN_SECONDS = 30.0
 
@@ -41,10 +41,10 @@ class RolloutActor:
         return self._rollouts.version
 
     async def generate(
-        self, requests: Sequence[PromptRequest], *, version: int, greedy: bool = False, watch: bool = True
+        self, requests: Sequence[PromptRequest], drawing: Drawing, *, version: int
     ) -> list[RolloutGroup]:
         with self._ending_with_its_engine():
-            return await self._rollouts.generate(requests, version=version, greedy=greedy, watch=watch)
+            return await self._rollouts.generate(requests, drawing, version=version)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         with self._ending_with_its_engine():

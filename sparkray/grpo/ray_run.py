@@ -7,11 +7,13 @@ and engines are pushed to before they draw.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -33,12 +35,33 @@ _NUM_KEPT_CHECKPOINTS = 2
 EngineArguments = Callable[..., dict[str, Any]]
 
 
-def train_run(config: GrpoConfig, *, engine_arguments: EngineArguments) -> dict[str, Any]:
-    """Train as `config` says, in the Ray cluster that this process is a driver of.
+@contextmanager
+def rollout_engines(config: GrpoConfig, engine_arguments: EngineArguments) -> Iterator[list[ActorHandle]]:
+    """The engines of a run, ready to be pushed to; several runs of one model and engine may share them.
 
     Args:
         config: of the run.
         engine_arguments: makes vLLM's arguments of `config.engine`, given also the keyword `on_cpu`.
+    """
+    on_cpu = _on_cpu(config)
+    engines = start_engines(config, engine_arguments(config.engine, on_cpu=on_cpu), on_cpu=on_cpu)
+    try:
+        _await_engines(engines, config.start_timeout_seconds)
+        yield engines
+    finally:
+        for engine in engines:
+            ray.kill(engine)
+
+
+def train_run(
+    config: GrpoConfig, *, engine_arguments: EngineArguments, engines: Sequence[ActorHandle] | None = None
+) -> dict[str, Any]:
+    """Train as `config` says, in the Ray cluster that this process is a driver of.
+
+    Args:
+        config: of the run.
+        engine_arguments: as of `rollout_engines`.
+        engines: of `rollout_engines`; by default the run has its own.
 
     Returns:
         The summary, which is also in the run's folder: steps, rewards first and last, entropy, where things are.
@@ -54,13 +77,9 @@ def train_run(config: GrpoConfig, *, engine_arguments: EngineArguments) -> dict[
         config = config.model_copy(update={"eval_dataset": str(Path(config.eval_dataset).expanduser().absolute())})
     model_path, total = _check(config, run_dir)
     on_cpu = _on_cpu(config)
-    engines = start_engines(config, engine_arguments(config.engine, on_cpu=on_cpu), on_cpu=on_cpu)
-    try:
-        _await_engines(engines, config.start_timeout_seconds)
-        _fit(config, engines, run_dir, on_cpu=on_cpu)
-    finally:
-        for engine in engines:
-            ray.kill(engine)
+    held = nullcontext(engines) if engines is not None else rollout_engines(config, engine_arguments)
+    with held as ready:
+        _fit(config, ready, run_dir, on_cpu=on_cpu)
     return _finish(config, run_dir, model_path, total)
 
 
@@ -115,7 +134,7 @@ def _on_cpu(config: GrpoConfig) -> bool:
     return on_cpu
 
 
-def _await_engines(engines: list[Any], timeout_seconds: float) -> None:
+def _await_engines(engines: Sequence[ActorHandle], timeout_seconds: float) -> None:
     try:
         ray.get([engine.ready.remote() for engine in engines], timeout=timeout_seconds)
     except GetTimeoutError as slow:
@@ -127,11 +146,11 @@ def _await_engines(engines: list[Any], timeout_seconds: float) -> None:
         raise UnavailableError(f"an engine could not start: {_last_line(failure)}") from failure
 
 
-def _fit(config: GrpoConfig, engines: list[Any], run_dir: Path, *, on_cpu: bool) -> None:
+def _fit(config: GrpoConfig, engines: Sequence[ActorHandle], run_dir: Path, *, on_cpu: bool) -> None:
     resources = {"CPU": config.cpus_per_rank} | ({} if on_cpu else {"GPU": 1.0})
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"config": config.model_dump(mode="json"), "engines": engines, "run_dir": str(run_dir)},
+        train_loop_config={"config": config.model_dump(mode="json"), "engines": list(engines), "run_dir": str(run_dir)},
         scaling_config=ScalingConfig(
             num_workers=config.num_ranks,
             use_gpu=not on_cpu,

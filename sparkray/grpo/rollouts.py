@@ -106,3 +106,20 @@ class PromptRequest:
     row_index: int
     token_ids: tuple[int, ...]
     num_completions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How completions are drawn: the same for a whole group, and never with the tail cut off (top_p = 1).
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        max_tokens: a completion is cut there.
+        stop: texts that end it.
+        watch: whether METIS records it.
+    """
+
+    temperature: float
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    watch: bool = True

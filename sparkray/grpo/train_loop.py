@@ -33,7 +33,7 @@ from sparkray.grpo.progress import step_line
 from sparkray.grpo.ranks import ProcessGroupRanks
 from sparkray.grpo.ray_metrics import RunMetrics
 from sparkray.grpo.rewards import Sample, Score
-from sparkray.grpo.rollouts import PromptRequest, RolloutGroup
+from sparkray.grpo.rollouts import Drawing, PromptRequest, RolloutGroup
 from sparkray.grpo.step import Trainee, train_step
 from sparkray.grpo.sync import Canary, CanaryReading, payloads
 from sparkray.models import prepare_model
@@ -176,9 +176,15 @@ class _Rank:
         return self._send(requests, greedy=False)
 
     def _send(self, requests: Sequence[PromptRequest], *, greedy: bool) -> list[Any]:
-        watch = not greedy
+        config = self.config
+        drawing = Drawing(
+            temperature=0.0 if greedy else config.temperature,
+            max_tokens=config.max_completion_tokens,
+            stop=config.stop,
+            watch=not greedy,
+        )
         return [
-            engine.generate.remote(part, version=self.version, greedy=greedy, watch=watch)
+            engine.generate.remote(part, drawing, version=self.version)
             for engine, part in (
                 (engine, list(requests[at :: len(self.engines)])) for at, engine in enumerate(self.engines)
             )

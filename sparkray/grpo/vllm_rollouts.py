@@ -27,7 +27,7 @@ from sparkray.config.grpo import GrpoConfig
 from sparkray.config.metis import MetisConfig
 from sparkray.errors import InternalError
 from sparkray.grpo.errors import StaleEngineError
-from sparkray.grpo.rollouts import PromptRequest, Rollout, RolloutGroup
+from sparkray.grpo.rollouts import Drawing, PromptRequest, Rollout, RolloutGroup
 from sparkray.grpo.vllm_transfer import BACKEND, write_shared
 from sparkray.metis.vllm_engine import WatchedEngine
 
@@ -44,7 +44,6 @@ class VllmRollouts:
 
     def __init__(self, model_path: Path, config: GrpoConfig, *, engine_arguments: Mapping[str, Any]) -> None:
         self.version = NO_VERSION
-        self._config = config
         self._by_adapter = config.sync.transport == "lora"
         self._numbers = itertools.count()
         self._adapter: LoRARequest | None = None
@@ -75,7 +74,7 @@ class VllmRollouts:
             await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
 
     async def generate(
-        self, requests: Sequence[PromptRequest], *, version: int, greedy: bool = False, watch: bool = True
+        self, requests: Sequence[PromptRequest], drawing: Drawing, *, version: int
     ) -> list[RolloutGroup]:
         """A group of each prompt.
 
@@ -87,7 +86,7 @@ class VllmRollouts:
                 f"rollouts of version {version} were asked for, and this engine holds version {self.version}.",
                 hint="Push the weights to it first.",
             )
-        return list(await asyncio.gather(*(self._group(request, greedy, watch) for request in requests)))
+        return list(await asyncio.gather(*(self._group(request, drawing) for request in requests)))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of a text after its first token, at temperature 1."""
@@ -157,23 +156,23 @@ class VllmRollouts:
             await self._engine.remove_lora(old)
             shutil.rmtree(self._adapters.pop(old), ignore_errors=True)
 
-    async def _group(self, request: PromptRequest, greedy: bool, watch: bool) -> RolloutGroup:
+    async def _group(self, request: PromptRequest, drawing: Drawing) -> RolloutGroup:
         drawn = await asyncio.gather(
-            *(self._complete(request.token_ids, greedy, watch) for _ in range(request.num_completions))
+            *(self._complete(request.token_ids, drawing) for _ in range(request.num_completions))
         )
         return RolloutGroup(request.row_index, request.token_ids, tuple(drawn))
 
-    async def _complete(self, prompt: tuple[int, ...], greedy: bool, watch: bool) -> Rollout:
+    async def _complete(self, prompt: tuple[int, ...], drawing: Drawing) -> Rollout:
         version = self.version
         request_id = f"rollout-{next(self._numbers)}"
         params = SamplingParams(
-            temperature=0.0 if greedy else self._config.temperature,
+            temperature=drawing.temperature,
             top_p=1.0,
-            max_tokens=self._config.max_completion_tokens,
-            stop=list(self._config.stop) or None,
+            max_tokens=drawing.max_tokens,
+            stop=list(drawing.stop) or None,
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=dict(_WATCHED) if watch else None,
+            extra_args=dict(_WATCHED) if drawing.watch else None,
         )
         final: CompletionOutput | None = None
         async for output in self._engine.generate(
@@ -190,7 +189,7 @@ class VllmRollouts:
             engine_logprobs_T=logprobs,
             finish_reason="length" if final.finish_reason == "length" else "stop",
             weight_version=version,
-            recorded_TF=self._recorded(request_id, len(final.token_ids)) if watch else None,
+            recorded_TF=self._recorded(request_id, len(final.token_ids)) if drawing.watch else None,
         )
 
     def _recorded(self, request_id: str, num_tokens: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
