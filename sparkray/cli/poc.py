@@ -1,4 +1,4 @@
-"""`sparkray poc`: generate, validate, measure, plan and check proofs of compute on this machine."""
+"""`sparkray poc`: generate, validate, measure, plan and check proofs of compute here, and watch a service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparkray.errors import EXIT_FAILED, EXIT_REJECTED, InputError, NotFoundErro
 if TYPE_CHECKING:
     from sparkray.config.poc import PocConfig
 
-app = typer.Typer(no_args_is_help=True, help="Proof of compute: generate, validate, measure, plan, check.")
+app = typer.Typer(no_args_is_help=True, help="Proof of compute: generate, validate, measure, plan, check, watch.")
 
 Preset = Annotated[str | None, typer.Option(help="Shape and weights: V1, V2, BIG or TINY.")]
 BlockHash = Annotated[str | None, typer.Option(help="Block that seeds weights, inputs and target.")]
@@ -217,6 +217,34 @@ def plan(
     _print_table(rows)
     if measure:
         _print(result["this_machine"], json_output)
+
+
+@app.command()
+def watch(
+    url: Annotated[str, typer.Option(help="The service of `serve_apps/poc.yaml`.")] = "http://127.0.0.1:8080",
+    seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option(help="Look once and end.")] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Follow a running service: a live table of its groups, or with --json one object a look.
+
+    A token is taken from SPARKRAY_POC_TOKEN.
+    """
+    import time
+
+    from sparkray.poc.live_table import LiveTable
+    from sparkray.poc.service.client import read_status
+
+    with LiveTable(quiet=json_output) as table:
+        while True:
+            status = read_status(url)
+            if json_output or once:
+                _print(status, json_output)
+            elif "cursors" in status["progress"]:
+                table.show(status["progress"])
+            if once:
+                return
+            time.sleep(seconds)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from sparkray.poc.fleet.runner import STOP_TIMEOUT_SECONDS, FleetRunner
 from sparkray.poc.fleet.worker import GroupWorker
 from sparkray.poc.groups import create_gpu_groups, get_min_group_vram
 from sparkray.poc.phases import Phase
+from sparkray.poc.ray_metrics import FleetMetrics
 
 # A phase change waits in one call, questions come beside it, and one is in reserve.
 _CALLS_AT_ONCE = 4
@@ -142,7 +143,8 @@ class RayFleet(FleetRunner):
     """A fleet whose workers are actors; their places go with it."""
 
     def __init__(self, controller: Controller, launcher: RayLauncher) -> None:
-        super().__init__(controller)
+        metrics = FleetMetrics(controller.run.params)
+        super().__init__(controller, lambda summary: metrics.publish(summary, controller.ledger.num_unsent()))
         self._launcher = launcher
 
     def stop(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> bool:

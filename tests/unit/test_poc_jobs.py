@@ -25,7 +25,9 @@ from sparkray.poc.live_table import Rates, build_table
 from sparkray.poc.local import generate, measure_rate, verify_hardened
 from sparkray.poc.planner import MACHINES, Goal, Machine, predict, search
 from sparkray.poc.proofs import ProofBatch
+from sparkray.poc.ray_metrics import DEFINITIONS, FleetMetrics
 from sparkray.poc.replay import replay
+from sparkray.poc.service.client import read_status
 
 ROOT = Path(__file__).parents[2]
 LOCAL = PocConfig(
@@ -170,6 +172,31 @@ def test_the_table_shows_every_group_and_the_alarm() -> None:
     text = output.getvalue()
     for part in ("1 of 2 groups", "1,000", "600", "it was killed", "ALARM", "recorded 1,234"):
         assert part in text
+
+
+def test_metrics_are_counts_since_the_last_look_and_rates_a_minute() -> None:
+    seen: list[tuple[str, float]] = []
+    clock = iter([0.0, 30.0])
+    metrics = FleetMetrics(TINY, lambda definition, value: seen.append((definition.name, value)), lambda: next(clock))
+    summary = {
+        "num_recorded": 100, "num_valid": 10, "num_loaded": 2, "num_restarts": 0, "num_batches_waiting": 3,
+        "num_chunks_waiting": 7, "share_z_score": 0.5,
+    }  # fmt: skip
+    metrics.publish(summary, 4)
+    assert ("sparkray_poc_unsent_callbacks", 4) in seen
+    assert not any(name.endswith("minute") for name, _ in seen)
+    seen.clear()
+    metrics.publish({**summary, "num_recorded": 400, "num_valid": 40}, 0)
+    values = dict(seen)
+    assert (values["sparkray_poc_nonces"], values["sparkray_poc_valid_nonces"]) == (300, 30)
+    assert (values["sparkray_poc_raw_per_minute"], values["sparkray_poc_valid_per_minute"]) == (600, 60)
+    assert values["sparkray_poc_model_tflops"] == pytest.approx(10 * TINY.flop_per_nonce / 1e12)
+    assert set(values) == {definition.name for definition in DEFINITIONS}
+
+
+def test_watching_a_service_that_is_not_there_says_what_to_do() -> None:
+    with pytest.raises(UnavailableError, match="serve deploy"):
+        read_status("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("kind", [PocNonceRateConfig, PocCrossCheckConfig])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 from sparkray.errors import WaitTimeoutError
 from sparkray.poc.fleet.barrier import Barrier
@@ -14,13 +15,20 @@ from sparkray.poc.proofs import ProofBatch
 
 STOP_TIMEOUT_SECONDS = 60.0
 _TICK_SECONDS = 0.1
+_OBSERVE_SECONDS = 5.0
 
 
 class FleetRunner:
-    """Owns a controller: every touch of it happens under one lock."""
+    """Owns a controller: every touch of it happens under one lock.
 
-    def __init__(self, controller: Controller) -> None:
+    Args:
+        observe: called every few seconds with the controller's summary, outside of the lock.
+    """
+
+    def __init__(self, controller: Controller, observe: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.controller = controller
+        self._observe = observe
+        self._observed_at = 0.0
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._ended = threading.Event()
@@ -91,5 +99,15 @@ class FleetRunner:
         while not self._ended.is_set():
             with self._lock:
                 self.controller.tick(time.monotonic())
+            self._show()
             self._wake.wait(_TICK_SECONDS)
             self._wake.clear()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if self._observe is None or now - self._observed_at < _OBSERVE_SECONDS:
+            return
+        self._observed_at = now
+        with self._lock:
+            summary = self.controller.summary()
+        self._observe(summary)

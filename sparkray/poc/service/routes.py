@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +15,7 @@ from sparkray.errors import SparkrayError, http_status
 from sparkray.poc.phases import Phase
 from sparkray.poc.service.bodies import InitRequest, ProofBody
 from sparkray.poc.service.manager import PocManager
-
-PREFIX = "/api/v1"
-TOKEN_VARIABLE = "SPARKRAY_POC_TOKEN"
-SIGNING_KEY_VARIABLE = "SPARKRAY_POC_SIGNING_KEY"
+from sparkray.poc.service.names import PREFIX, SIGNING_KEY_VARIABLE, TOKEN_VARIABLE, sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +23,7 @@ class Gate:
     """Who may call: `Authorization: Bearer TOKEN`, and a signed body; None asks for neither.
 
     Attributes:
-        signing_key: X-Signature is the hex HMAC-SHA256 of the method, a space, the path, a newline and the body.
+        signing_key: of X-Signature, see `names.sign`.
     """
 
     token: str | None = None
@@ -39,11 +34,6 @@ class Gate:
         """From SPARKRAY_POC_TOKEN and SPARKRAY_POC_SIGNING_KEY; empty is none."""
         return cls(environment.get(TOKEN_VARIABLE) or None, environment.get(SIGNING_KEY_VARIABLE) or None)
 
-    def sign(self, method: str, path: str, body: bytes) -> str:
-        """The signature of a request."""
-        text = f"{method} {path}\n".encode() + body
-        return hmac.new((self.signing_key or "").encode(), text, hashlib.sha256).hexdigest()
-
     async def admit(self, request: Request) -> None:
         """Refuse a request: 401 without the token, 403 without the signature."""
         if self.token is not None:
@@ -51,7 +41,7 @@ class Gate:
             if not secrets.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
                 raise HTTPException(401, "the bearer token is missing or wrong")
         if self.signing_key is not None:
-            expected = self.sign(request.method, request.url.path, await request.body())
+            expected = sign(self.signing_key, request.method, request.url.path, await request.body())
             given = request.headers.get("x-signature", "")
             if not secrets.compare_digest(given.encode(), expected.encode()):
                 raise HTTPException(403, "X-Signature is missing or wrong")
