@@ -168,10 +168,10 @@ TASKS = (
         pattern=r"(\d+), (\d+)",
         question="What is the greatest common divisor of {0} and {1}?",
         examples=(
-            ("What is the greatest common divisor of 12 and 18?", "12 = 6 * 2. 18 = 6 * 3. So 6."),
-            ("What is the greatest common divisor of 10 and 5?", "10 = 5 * 2. 5 = 5 * 1. So 5."),
-            ("What is the greatest common divisor of 9 and 14?", "9 = 1 * 9. 14 = 1 * 14. So 1."),
-            ("What is the greatest common divisor of 4 and 10?", "4 = 2 * 2. 10 = 2 * 5. So 2."),
+            ("What is the greatest common divisor of 12 and 18?", "6 * 2, 6 * 3: 6."),
+            ("What is the greatest common divisor of 10 and 5?", "5 * 2, 5 * 1: 5."),
+            ("What is the greatest common divisor of 9 and 14?", "1 * 9, 1 * 14: 1."),
+            ("What is the greatest common divisor of 4 and 10?", "2 * 2, 2 * 5: 2."),
         ),
     ),
     Task(
@@ -197,7 +197,7 @@ TASKS = (
     Task(
         name="letter_counting",
         generator="letter_counting",
-        settings={"min_words": 1, "max_words": 1},
+        settings={"min_words": 1, "max_words": 2},
         answer_kind="number",
         pattern=r'letter "(.)" appear in the text: "(.*?)"',
         question='How many times does "{0}" appear in "{1}"?',

@@ -56,11 +56,12 @@ class SparkrayIngress(OpenAiIngress):
             return JSONResponse({"error": event["error"]}, status_code=event["status"])
         if body.stream:
             return StreamingResponse(event_stream(event, events), media_type="text/event-stream")
+        last = event
         async for event in events:
-            pass
-        if event["kind"] == "error":
-            return JSONResponse({"error": event["error"]}, status_code=event["status"])
-        return JSONResponse(event["report"])
+            last = event
+        if last["kind"] == "error":
+            return JSONResponse({"error": last["error"]}, status_code=last["status"])
+        return JSONResponse(last["report"])
 
     async def trace(self, request_id: str) -> Response:
         """The trace of one request: whole when it has ended, what there is so far while it runs."""

@@ -168,3 +168,12 @@ def test_reports_say_what_went_wrong() -> None:
     assert "best_response" not in report.cognitive_report  # type: ignore[attr-defined]
     # NaN signals become null, so that every report is valid JSON.
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["paths"][0]["mean_entropy"] is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs" / "search").glob("*.toml")), ids=lambda file: file.name
+)
+def test_packaged_settings_are_read(file: Path) -> None:
+    from sparkray.config.base import load_settings
+
+    assert load_settings(SearchConfig, [file], [], {}).num_paths > 1
