@@ -1,4 +1,4 @@
-"""Serve builder of a model that is searched: `serve deploy serve_apps/search.yaml`, or `serve run serve_apps.search:build`.
+"""Serve builder of a searched model: `serve deploy serve_apps/search.yaml`, or `serve run serve_apps.search:build`.
 
 Every served model has the page at `/` and `POST /v1/search` beside OpenAI's routes; this application sets the engine
 up for many short paths of one prompt: small KV blocks, so that paths share more of it, and room for many at a time.
