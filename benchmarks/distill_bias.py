@@ -44,7 +44,7 @@ def main() -> None:
         "--num-draws", type=int, default=24, help="Repetitions that the sampled gradient is averaged over."
     )
     parser.add_argument(
-        "--noise", type=float, default=0.06, help="Noise on the student's weights, relative to their size."
+        "--noise", type=float, default=0.1, help="Noise on the student's weights, relative to their size."
     )
     parser.add_argument("--store-sequences", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All numbers of the report."""
     torch.manual_seed(arguments.seed)
     config = TeacherConfig(model=arguments.model)
-    store = StoreConfig(top_logprobs=arguments.top_logprobs, tail_draws=arguments.tail_draws, shard_sequences=4)
+    store = StoreConfig(top_logprobs=arguments.top_logprobs, tail_draws=arguments.tail_draws)
     tokenizer = teacher_tokenizer(config)
     teacher = ForwardTeacher(prepare_model(arguments.model), config, store, tokenizer_sha256(tokenizer))
     pack = pack_documents(

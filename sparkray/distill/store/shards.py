@@ -1,8 +1,7 @@
 """One file of a store: a row a sequence, each column a flat list.
 
-The head lies entry by entry and not position by position: all likeliest ids of a sequence, then all second ones, so
-that neighbours in a column resemble each other. Log-probabilities are float16 in split byte streams, whose high bytes
-compress well; ids take two bytes where the vocabulary allows.
+Log-probabilities are float16, ids two bytes where the vocabulary allows; both lie in split byte streams, whose high
+bytes compress well: a position's head falls, and frequent tokens have small ids.
 
 Shapes: L rows, K entries, M draws.
 """
@@ -26,7 +25,7 @@ from sparkray.distill.store.manifest import ShardEntry, StoreHeader, write_json
 from sparkray.errors import InputError
 from sparkray.models.cache import file_sha256
 
-_FLOATS = ("head_logprobs", "token_logprobs", "entropy")
+_LISTS = ("head_ids", "head_logprobs", "token_logprobs", "tail_ids", "entropy")
 # Stands for "no entry" in unsigned ids; a vocabulary of 65,536 and more takes four bytes.
 _NO_ID_16 = 65_535
 
@@ -74,17 +73,17 @@ def write_shard(
             "sequence": list(header.shard_range(shard)),
             "tokens_sha256": [tokens_sha256(token_ids) for token_ids in sequences],
             # -1 wraps to 65,535 in two bytes, which no id of such a vocabulary is.
-            "head_ids": [one.head_ids_LK.T.astype(kind).ravel() for one in scores],
-            "head_logprobs": [one.head_logprobs_LK.T.astype(np.float16).ravel() for one in scores],
+            "head_ids": [one.head_ids_LK.astype(kind).ravel() for one in scores],
+            "head_logprobs": [one.head_logprobs_LK.astype(np.float16).ravel() for one in scores],
             "token_logprobs": [one.token_logprobs_L.astype(np.float16) for one in scores],
-            "tail_ids": [one.tail_ids_LM.T.astype(kind).ravel() for one in scores],
+            "tail_ids": [one.tail_ids_LM.astype(kind).ravel() for one in scores],
             "entropy": [one.entropy_L.astype(np.float16) for one in scores],
         },
         schema=pa.schema(columns),
     )
     path = folder / shard_name(shard)
     building = path.with_name(f"{path.name}.building")
-    split: Any = [f"{name}.list.element" for name in _FLOATS]  # the stubs know a bool only
+    split: Any = [f"{name}.list.element" for name in _LISTS]  # the stubs know a bool only
     pq.write_table(
         table,
         building,
@@ -128,16 +127,13 @@ def read_shard(folder: Path, header: StoreHeader, entry: ShardEntry) -> dict[int
     columns = {name: table[name] for name in table.column_names}
     rows = {}
     for row in range(table.num_rows):
-        values = {
-            name: columns[name][row].values.to_numpy(zero_copy_only=False)
-            for name in ("head_ids", "head_logprobs", "token_logprobs", "tail_ids", "entropy")
-        }
+        values = {name: columns[name][row].values.to_numpy(zero_copy_only=False) for name in _LISTS}
         num_rows = len(values["token_logprobs"])
         scores = TokenScores(
-            _ids(values["head_ids"].reshape(-1, num_rows).T),
-            values["head_logprobs"].reshape(-1, num_rows).T.astype(np.float32),
+            _ids(values["head_ids"].reshape(num_rows, -1)),
+            values["head_logprobs"].reshape(num_rows, -1).astype(np.float32),
             values["token_logprobs"].astype(np.float32),
-            _ids(values["tail_ids"].reshape(-1, num_rows).T),
+            _ids(values["tail_ids"].reshape(num_rows, -1)),
             values["entropy"].astype(np.float32),
             header.temperature,
         )
