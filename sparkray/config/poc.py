@@ -178,7 +178,7 @@ class PocServiceConfig(Settings):
     num_prep_threads: int = Field(2, ge=1, le=256, description="Threads of a group that make inputs ahead.")
     prep_depth: int = Field(3, ge=1, le=64, description="Batches of a group that are made ahead.")
     max_buffered_batches: int = Field(64, ge=1, le=4096, description="Computed batches that a group holds, at most.")
-    poll_seconds: float = Field(0.5, gt=0, le=60, description="Between two questions to a group.")
+    poll_seconds: float = Field(1.0, gt=0, le=60, description="Between two looks at the groups, and two callbacks.")
     max_unsent: int = Field(10_000, ge=1, description="Callbacks that may wait; beyond it generation pauses.")
     max_batches: int = Field(1000, ge=1, description="Received batches that may wait for their verdict.")
     max_batch_nonces: int = Field(100_000, ge=1, description="Nonces of one received batch, at most.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from sparkray.errors import SparkrayError, UnavailableError, WaitTimeoutError
 from sparkray.poc.fleet.barrier import Barrier
@@ -21,10 +21,10 @@ from sparkray.poc.phases import Phase
 from sparkray.poc.proofs import ProofBatch
 from sparkray.poc.selftest import ShareMonitor
 
-AnswerT = TypeVar("AnswerT")
-
 _RESTART_SECONDS = 1.0
 _MAX_RESTART_SECONDS = 30.0
+# Groups hold a few chunks only, so while there are some they are asked more often.
+_SHARE_WHILE_VALIDATING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class FleetLimits:
     """Bounds and intervals of a controller.
 
     Attributes:
-        poll_seconds: between two questions to a worker.
+        poll_seconds: between two looks at what workers report.
         max_unsent: callbacks in the outbox beyond which no more nonces are taken from the workers.
         max_batches: received batches without a verdict.
         max_chunks: pieces of them.
         deadline_seconds: until a verdict.
     """
 
-    poll_seconds: float = 0.5
+    poll_seconds: float = 1.0
     max_unsent: int = 10_000
     max_batches: int = 1000
     max_chunks: int = 100_000
@@ -53,8 +53,7 @@ class Seat:
     Attributes:
         cursor: recorded nonces of the group.
         report: the worker's latest word; None until it has answered once.
-        ask_at: when to ask the worker next.
-        asked_at: when it was last asked.
+        asked_at: when the worker was last asked.
         answered_of: when the question was asked that `report` answers.
         restart_at: when to launch the next worker, where there is none.
     """
@@ -65,7 +64,6 @@ class Seat:
     collecting: Future[WorkerReport] | None = None
     acking: Future[Ack] | None = None
     report: WorkerReport | None = None
-    ask_at: float = 0.0
     asked_at: float = 0.0
     answered_of: float = 0.0
     restart_at: float = 0.0
@@ -86,7 +84,8 @@ class Controller:
         run: what is computed.
         num_groups: groups that share the node's nonces.
         generation: rises with each phase; a word of an earlier one is known as such.
-        wake: called from any thread when something was answered, so that the owner need not wait.
+        wake: called from any thread when a phase was acknowledged, so that the owner need not wait.
+        look_at: when to take reports next.
     """
 
     run: Run
@@ -99,6 +98,7 @@ class Controller:
     generation: int = 0
     barrier: Barrier | None = None
     ledger_error: str | None = None
+    look_at: float = 0.0
 
     seats: list[Seat] = field(init=False)
     desk: ValidationDesk = field(init=False)
@@ -136,33 +136,42 @@ class Controller:
                 self.barrier.expect(seat.group_id)
             seat.acking = self._watched(seat.handle.set_phase(phase, self.generation))
         self.barrier.update(now)
+        self.look_at_once()
         return self.barrier
 
     def receive(self, key: str, batch: ProofBatch, now: float, node_count: int | None = None) -> None:
         """Take a batch to validate; see `ValidationDesk.receive`."""
         sizes = [seat.report.batch_size for seat in self.seats if seat.report and seat.report.batch_size]
         self.desk.receive(key, batch, min(sizes, default=32), now, node_count)
-        self.wake()
+        self.look_at_once()
 
     def tick(self, now: float) -> None:
-        """Look at every answer, record what is new, ask again."""
-        parts: list[GeneratedPart] = []
+        """Look at every answer, record what is new, ask again.
+
+        Acknowledgements are taken at every call. Reports are taken together, once an interval: each look is one
+        transaction and one callback, however many groups there are.
+        """
         for seat in self.seats:
             self._take_ack(seat, now)
+        if now < self.look_at:
+            return
+        is_validating = self.phase is Phase.VALIDATE and self.desk.pool.num_open
+        self.look_at = now + self.limits.poll_seconds * (_SHARE_WHILE_VALIDATING if is_validating else 1.0)
+        parts: list[GeneratedPart] = []
+        for seat in self.seats:
             self._take_report(seat, parts, now)
         self._record(parts)
         self._answer(now)
         for seat in self.seats:
             self._seat_worker(seat, now)
             self._assign(seat)
-            if seat.handle is not None and seat.collecting is None and now >= seat.ask_at:
-                seat.asked_at, seat.ask_at = now, now + self.limits.poll_seconds
-                seat.collecting = self._watched(seat.handle.collect(seat.cursor))
+            if seat.handle is not None and seat.collecting is None:
+                seat.asked_at = now
+                seat.collecting = seat.handle.collect(seat.cursor)
 
-    def ask_at_once(self) -> None:
-        """Let the next tick ask every worker, whenever it was last asked."""
-        for seat in self.seats:
-            seat.ask_at = 0.0
+    def look_at_once(self) -> None:
+        """Let the next tick take reports, however long ago the last one did."""
+        self.look_at = 0.0
 
     @property
     def is_drained(self) -> bool:
@@ -293,6 +302,6 @@ class Controller:
         if self.barrier is not None:
             self.barrier.leave(seat.group_id, now)
 
-    def _watched(self, future: Future[AnswerT]) -> Future[AnswerT]:
+    def _watched(self, future: Future[Ack]) -> Future[Ack]:
         future.add_done_callback(lambda _: self.wake())
         return future

@@ -78,12 +78,10 @@ class FleetRunner:
         drained = False
         while not drained and time.monotonic() < deadline:
             with self._lock:
-                self.controller.ask_at_once()
-                self.controller.tick(time.monotonic())
-            time.sleep(_TICK_SECONDS)
-            with self._lock:
+                self.controller.look_at_once()
                 self.controller.tick(time.monotonic())
                 drained = self.controller.is_drained
+            time.sleep(0.0 if drained else _TICK_SECONDS)
         self._ended.set()
         self._wake.set()
         self._thread.join(timeout_seconds)
