@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkray.config.handoff import DecodeConfig
-from sparkray.errors import SparkrayError, WaitTimeoutError
+from sparkray.errors import SparkrayError, UnavailableError, WaitTimeoutError
 from sparkray.handoff.canary import run_canary, tolerance_for
 from sparkray.handoff.client_ear import ClientEar
 from sparkray.handoff.codecs.choose import writes
@@ -80,6 +80,7 @@ class DecodeAgent:
         self._places = threading.Semaphore(config.max_connections)
         self._stopped = threading.Event()
         self._listener = listen(config.host, config.port, config.link)
+        self._listener.settimeout(0.5)
         self.port = int(self._listener.getsockname()[1])
 
     @property
@@ -88,7 +89,6 @@ class DecodeAgent:
 
     def serve(self) -> None:
         """Answer connections until `stop`."""
-        self._listener.settimeout(0.5)
         while not self._stopped.is_set():
             try:
                 sock, _ = self._listener.accept()
@@ -331,6 +331,8 @@ class DecodeAgent:
             self._close_transfer(request, transfer)
 
     def _on_engine(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self._stopped.is_set():
+            raise UnavailableError("the decode side is stopping.")
         try:
             return self._thread.submit(function, *arguments).result(_ENGINE_TIMEOUT_SECONDS)
         except TimeoutError as failure:

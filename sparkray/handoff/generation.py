@@ -61,6 +61,7 @@ class Generation:
         self._times: dict[str, float] = {"started_at": self._started}
         self._counts = _Counts()
         self._reason = ""
+        self._verdict = ""
 
     def run(self) -> Done:
         """Answer; gives the closing message."""
@@ -68,25 +69,29 @@ class Generation:
             self._await_rows(self._transfer)
         logits_V = self._first_logits()
         self._times["first_logits"] = self._elapsed()
+        self._judge()
         finish_reason = self._write(logits_V)
         self._times["finished"] = self._elapsed()
-        received, wanted = self._counts.received, len(self._request.prompt) - 1 - self._cached
-        if self._transfer is None:
-            verdict = "local"
-        elif received == wanted:
-            verdict = "full"
-        else:
-            verdict = "partial" if received else "local"
         return Done(
             finish_reason=finish_reason,
-            verdict=verdict,
-            reason="" if verdict == "full" else self._reason,
-            rows_received=received,
+            verdict=self._verdict,
+            reason=self._reason,
+            rows_received=self._counts.received,
             rows_cached=self._cached,
             rows_computed=self._counts.computed,
             kv_bytes=self._transfer.received_bytes if self._transfer else 0,
             times=self._times,
         )
+
+    def _judge(self) -> None:
+        """Say how the prompt's rows came."""
+        received, wanted = self._counts.received, len(self._request.prompt) - 1 - self._cached
+        if self._transfer is None:
+            self._verdict = "local"
+        elif received == wanted:
+            self._verdict, self._reason = "full", ""
+        else:
+            self._verdict = "partial" if received else "local"
 
     def _await_rows(self, transfer: Transfer) -> None:
         complete = transfer.wait_for_rows(self._request.rows_timeout_seconds, self._listen)
@@ -139,7 +144,7 @@ class Generation:
                 return "stop"
             if index == len(request.resume):
                 self._times["first_token"] = self._elapsed()
-            self._send(Tokens(index, (token,), (top2_margin(logits_V),)))
+            self._send(Tokens(index, (token,), (top2_margin(logits_V),), self._verdict, self._reason))
             index += 1
             if index < request.max_tokens:
                 logits_V = self._on_engine(self._held.sequence.forward, [token])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -110,7 +111,7 @@ class Told:
 
 async def answer(
     peer: Peer, ask: Ask, prefiller: Prefiller | None, told: Told, *, purpose: str = "serve"
-) -> AsyncIterator[Tokens]:
+) -> AsyncGenerator[Tokens]:
     """Tokens of one peer, with rows from `prefiller`, or computed there where it is None.
 
     Raises:
@@ -124,7 +125,10 @@ async def answer(
         ask.timeout_seconds, prefiller is not None and purpose == "serve", ask.stop_ids,
         "canary" if purpose == "canary" else "serve",
     )  # fmt: skip
-    opened = await asyncio.to_thread(Answer, peer, request)
+    # A thread of its own for each answer: it waits most of its life, and a shared pool would run out of threads.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="handoff-answer")
+    loop = asyncio.get_running_loop()
+    opened = await loop.run_in_executor(thread, Answer, peer, request)
     feeding: asyncio.Task[None] | None = None
     if prefiller is not None:
         order = PrefillOrder(name, request.ticket, peer.address, opened.status.cached_rows, purpose)
@@ -132,7 +136,7 @@ async def answer(
     messages = opened.tokens(ask.timeout_seconds)
     finished = False
     try:
-        while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        while (message := await loop.run_in_executor(thread, next, messages, None)) is not None:
             told.tokens += message.token_ids
             told.margins += message.margins
             yield message
@@ -140,7 +144,8 @@ async def answer(
         finished = True
     finally:
         if not finished:
-            await asyncio.shield(asyncio.to_thread(opened.cancel))
+            opened.cancel()
+        thread.shutdown(wait=False)
         if feeding is not None:
             if not finished:
                 feeding.cancel()

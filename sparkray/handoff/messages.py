@@ -192,11 +192,19 @@ class Confirm:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The next tokens of the answer; `index` is the first one's place, so that none is lost or told twice."""
+    """The next tokens of the answer; `index` is the first one's place, so that none is lost or told twice.
+
+    Attributes:
+        margins: difference of the two largest logits at each.
+        verdict: how the prompt's rows came, as in `Done`; decided before the first token is.
+        reason: why not all of them came over the wire.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     margins: tuple[float, ...] = ()
+    verdict: str = ""
+    reason: str = ""
 
     kind = FrameKind.TOKENS
 

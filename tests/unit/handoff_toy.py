@@ -6,16 +6,19 @@ position, so that a row that is missing, shifted, doubled or of another model ch
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 
 from sparkray.config.handoff import DecodeConfig, LinkConfig
+from sparkray.errors import SparkrayError
 from sparkray.handoff.client import Peer
 from sparkray.handoff.errors import ProtocolError, Reason
 from sparkray.handoff.fingerprint import ModelIdentity, prompt_hash
+from sparkray.handoff.handing import FirstToken, PrefillOrder
 from sparkray.handoff.messages import Generate, Hello
 from sparkray.handoff.rows import KvRows
 from sparkray.handoff.sender import RowSender, RowSlice, SendReport
@@ -169,3 +172,40 @@ def hello_for(request: Generate, start: int, **changes: Any) -> Hello:
 
 def send_rows(peer: Peer, request: Generate, feed: ToyFeed, start: int = 0, **changes: Any) -> SendReport:
     return RowSender(peer.connect, hello_for(request, start, **changes), feed, peer.link).run()
+
+
+class ToyPrefiller:
+    """A prefill side without an engine: rows of the toy, sent as vLLM's connector sends them.
+
+    Args:
+        before: called with a slice's number before it may leave; raises to die there.
+    """
+
+    def __init__(self, *, chunk: int = 5, before: Callable[[int], None] = lambda index: None, **changes: Any) -> None:
+        self.identity = identity(**changes)
+        self.vocabulary = VOCABULARY
+        self._chunk = chunk
+        self._before = before
+        self.reports: list[SendReport] = []
+        self.orders: list[PrefillOrder] = []
+
+    async def prefill(self, prompt: list[int], order: PrefillOrder, timeout_seconds: float) -> FirstToken:
+        self.orders.append(order)
+        await asyncio.to_thread(self._send, prompt, order)
+        logits = ToyEngine(DecodeConfig()).open_sequence().forward(prompt)
+        return FirstToken((int(logits.argmax()),), (-0.01,))
+
+    async def generate(self, prompt: list[int], max_tokens: int, **_: Any) -> AsyncIterator[tuple[int, float]]:
+        for token in monolithic(prompt, max_tokens):
+            await asyncio.sleep(0)
+            yield token, 1.0
+
+    def _send(self, prompt: list[int], order: PrefillOrder) -> None:
+        request = Generate(order.request, order.ticket, tuple(prompt), 1, purpose=order.purpose)  # type: ignore[arg-type]
+        feed = ToyFeed(prompt, start=order.start, chunk=self._chunk, before=self._before)
+        changes: dict[str, Any] = {"identity": {"lineage": self.identity.lineage}}
+        try:
+            peer = Peer(order.address, SECRET, link=QUICK)
+            self.reports.append(send_rows(peer, request, feed, order.start, **changes))
+        except SparkrayError:
+            return
