@@ -46,6 +46,10 @@ class Session:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
         }
+        if self.address.startswith("127.0.0.1:"):
+            # Ray takes a loopback address for a slip and puts the machine's own in its place, and then listens on
+            # every interface; this switch, which is on where Ray knows no clusters, keeps it where it was told to be.
+            variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if self.dashboard_url:
             # `ray job` takes the dashboard's address, and `serve deploy` ignores RAY_ADDRESS.
             variables["RAY_API_SERVER_ADDRESS"] = self.dashboard_url
@@ -237,7 +241,7 @@ def _dashboard_port(config: ClusterConfig) -> int:
 
 
 def head_command(config: ClusterConfig, port: int, dashboard_port: int, temp_dir: Path) -> list[str]:
-    """The `ray start` command of the head: every port is our own choice, nothing listens beyond `node_ip`."""
+    """The `ray start` command of the head: every port is our own choice."""
     command = [
         str(Path(sys.executable).with_name("ray")),
         "start",

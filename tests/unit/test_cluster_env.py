@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ def test_a_shell_takes_the_variables(state: Path, pid: int) -> None:
     )
     told = json.loads(CliRunner().invoke(app, ["env", "--name", "default", "--json"]).stdout)
     assert told == session.environment()
+
+
+def test_a_session_on_the_loopback_keeps_ray_there(state: Path) -> None:
+    near = record("near", 1, state / "a")
+    assert near.environment()["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    far = replace(near, address="192.168.100.10:6379")
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in far.environment()
 
 
 def test_the_session_is_the_one_that_runs_or_the_one_that_is_named(state: Path, pid: int) -> None:
