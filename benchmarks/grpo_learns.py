@@ -172,7 +172,7 @@ def common(folder: Path) -> dict[str, Any]:
             "max_model_len": 256,
             "max_num_seqs": 96,
             "kv_cache_gib": 0.5,
-            "extra": {"block_size": 16},
+            "extra": {"block_size": 32},
         },
     }
 

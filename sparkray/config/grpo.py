@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from sparkray.config.base import Settings
 from sparkray.config.serve import EngineConfig
 
+Algorithm = Literal["grpo", "dpo"]
 MethodName = Literal["full", "lora", "qlora"]
 LossName = Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 AdvantageName = Literal["group", "dr_grpo", "leave_one_out"]
@@ -86,6 +87,8 @@ class GrpoConfig(Settings):
     eval_steps: int = Field(50, ge=1, description="Steps between two looks at them; also before and after.")
     output_dir: str = Field(min_length=1, description="Folder of checkpoints, curves and the report; all nodes see it.")
     run_name: str = Field("grpo", pattern=r"^[A-Za-z0-9][\w.-]*$", description="Folder of the run in the output.")
+    algorithm: Algorithm = Field("grpo", description="`dpo` draws once, and trains on the best and worst of a group.")
+    dpo_beta: float = Field(0.1, gt=0, description="How far `dpo` may leave the model that it starts from.")
     method: MethodName = Field("lora", description="What is trained; `qlora` keeps the frozen weights in 4 bits.")
     lora_rank: int = Field(16, ge=1, le=512)
     lora_alpha: float = Field(32.0, gt=0)
@@ -138,7 +141,7 @@ class GrpoConfig(Settings):
         """What a run that goes on must have in common with what it did before."""
         names = {
             *("model", "dataset", "method", "lora_rank", "lora_alpha", "lora_layers", "lora_targets", "seed"),
-            *("num_generations", "prompts_per_step", "shuffle_advantages"),
+            *("num_generations", "prompts_per_step", "shuffle_advantages", "algorithm"),
         }
         return self.model_dump(mode="json", include=names)
 
@@ -153,6 +156,8 @@ class GrpoConfig(Settings):
                 f"max_prompt_tokens ({self.max_prompt_tokens}) and max_completion_tokens "
                 f"({self.max_completion_tokens}) are together above engine.max_model_len ({self.engine.max_model_len})"
             )
+        if self.algorithm == "dpo" and self.method == "full":
+            raise ValueError("algorithm 'dpo' trains an adapter, beside which the untrained model is the reference")
         if self.prompts_per_step % self.num_ranks:
             raise ValueError(
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of num_ranks ({self.num_ranks})"

@@ -25,6 +25,7 @@ from sparkray.grpo.checkpoint import check_same_run, export_model, newest_checkp
 from sparkray.grpo.curves import entropy_collapse, write_report
 from sparkray.grpo.data import encode_rows, num_steps, read_rows
 from sparkray.grpo.metrics_log import read_log
+from sparkray.grpo.ray_dpo import dpo_run
 from sparkray.grpo.rewards import RewardScorer
 from sparkray.grpo.train_loop import train_loop
 from sparkray.models import prepare_model
@@ -79,6 +80,8 @@ def train_run(
     on_cpu = _on_cpu(config)
     held = nullcontext(engines) if engines is not None else rollout_engines(config, engine_arguments)
     with held as ready:
+        if config.algorithm == "dpo":
+            return dpo_run(config, ready, read_rows(Path(config.dataset)), run_dir, on_cpu=on_cpu)
         _fit(config, ready, run_dir, on_cpu=on_cpu)
     return _finish(config, run_dir, model_path, total)
 
