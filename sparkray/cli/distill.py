@@ -130,12 +130,22 @@ def train(
         Path | None, typer.Option(help="Folder of an autoencoder: train the latent student over it.")
     ] = None,
     cache_read_only: Annotated[bool, typer.Option("--kd-cache-ro", help="Never write the cache.")] = False,
+    num_workers: Annotated[
+        int, typer.Option(help="Workers on the Ray cluster that runs; 0 trains in this process.", min=0)
+    ] = 0,
+    min_workers: Annotated[int | None, typer.Option(help="Go on with as few workers as these.", min=1)] = None,
+    spread: Annotated[bool, typer.Option(help="Put every worker on a node of its own.")] = False,
     config: ConfigFiles = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
 ) -> None:
     """Train a student from a store, from the live teacher, or on the data alone; a killed run goes on."""
     settings = _settings(config, overrides, cache_read_only=cache_read_only)
+    if num_workers:
+        if autoencoder is not None:
+            raise typer.BadParameter("the latent student trains in this process; leave --num-workers out.")
+        _print(_train_on_cluster(pack, out, store, live, settings, num_workers, min_workers, spread), json)
+        return
     from sparkray.distill.run import train_causal, train_latent
     from sparkray.telemetry.progress import RunProgress
 
@@ -224,6 +234,36 @@ def bench(
     _print(report | {"broken_gates": broken}, json)
     if broken:
         raise typer.Exit(1)
+
+
+def _train_on_cluster(
+    pack: Path,
+    out: Path,
+    store: Path | None,
+    live: bool,
+    settings: DistillConfig,
+    num_workers: int,
+    min_workers: int | None,
+    spread: bool,
+) -> dict[str, Any]:
+    from sparkray.cluster.connection import cluster_connection
+    from sparkray.config.base import validate_settings
+    from sparkray.config.distill import TrainJobConfig
+    from sparkray.distill.training.ray_run import train_on_cluster
+
+    job = validate_settings(
+        TrainJobConfig,
+        {
+            "pack": str(pack),
+            "out": str(out),
+            "store": None if store is None else str(store),
+            "live": live,
+            "distill": settings,
+            "workers": {"num_workers": num_workers, "min_workers": min_workers, "spread": spread},
+        },
+    )
+    with cluster_connection():
+        return train_on_cluster(job)
 
 
 def _settings(

@@ -240,3 +240,31 @@ class DistillConfig(Settings):
     autoencoder: AutoencoderConfig = Field(AutoencoderConfig(), description="The latent student's autoencoder.")
     latent: LatentConfig = Field(LatentConfig(), description="The latent student.")
     train: TrainConfig = Field(TrainConfig(), description="The loop.")
+
+
+class WorkersConfig(Settings):
+    """Training on a Ray cluster: how many workers, where, and how often they may fail."""
+
+    num_workers: int = Field(1, ge=1, le=64, description="Workers when all nodes are there.")
+    min_workers: int | None = Field(None, ge=1, description="Go on with as few as these; all or none when unset.")
+    spread: bool = Field(False, description="Put every worker on a node of its own.")
+    cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs of a worker.")
+    max_failures: int = Field(8, ge=0, description="Restarts from the last checkpoint before the run gives up.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` takes GPUs where the cluster has.")
+
+    @model_validator(mode="after")
+    def _fewest_is_not_more(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers={self.min_workers} must not exceed num_workers={self.num_workers}")
+        return self
+
+
+class TrainJobConfig(Settings):
+    """One training run on a cluster; every path must be seen by all nodes."""
+
+    pack: str = Field(description="Folder of the pack.")
+    out: str = Field(description="Folder of checkpoints, metrics and the student.")
+    store: str | None = Field(None, description="Folder of the teacher's rows.")
+    live: bool = Field(False, description="Ask the teacher of the settings while training.")
+    distill: DistillConfig = Field(DistillConfig(), description="Everything else.")
+    workers: WorkersConfig = Field(WorkersConfig(), description="The cluster's part.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from sparkray.distill.training.evaluate import Evaluation, evaluate
 from sparkray.distill.training.latent_evaluate import evaluate_latent
 from sparkray.distill.training.objective import CausalObjective, LatentObjective
 from sparkray.distill.training.supervision import DataOnly, FromClient, FromStore, Supervision
-from sparkray.distill.training.trainer import StepReport, Trainer
+from sparkray.distill.training.trainer import StepReport, Trainer, Workers
 from sparkray.errors import InputError, UsageError
 from sparkray.models import prepare_model
 
@@ -120,44 +121,20 @@ def train_causal(
     Raises:
         UsageError: distillation without rows, rows that cannot give the target, or another run's folder.
     """
-    if store_folder is not None and live:
-        raise UsageError("a store and the live teacher were both given, and one of them gives the rows.", param="store")
-    if config.loss.kd_weight and store_folder is None and not live:
-        raise UsageError(
-            f"loss.kd_weight={config.loss.kd_weight:g} was set without a teacher's rows.",
-            hint="Give --store FOLDER or --live, or set loss.kd_weight=0 to learn from the data alone.",
-            param="loss.kd_weight",
-        )
     pack = read_pack(pack_folder)
+    check_training(pack, config, store_folder, live=live)
     device = training_device(config)
-    student = create_causal_student(
-        config.student,
-        vocab_size=pack.header.vocab_size,
-        max_tokens=pack.header.sequence_tokens,
-        seed=config.train.seed,
-        activation_checkpointing=config.train.activation_checkpointing,
-    ).to(device)
-    run = run_identity(pack, config, store_folder)
-    validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
+    with supervision(pack, config, store_folder, live=live) as (rows, client):
+        trainer = causal_trainer(pack, config, store_folder, rows, device)
+        student = trainer.student
+        assert isinstance(student, CausalStudent)
+        validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
 
-    def validate() -> dict[str, Any]:
-        return evaluate(student, pack.validation, validation, None, device).to_json()
+        def validate() -> dict[str, Any]:
+            return evaluate(student, pack.validation, validation, None, device).to_json()
 
-    def train(supervision: Supervision) -> list[StepReport]:
-        trainer = Trainer(student, pack, supervision, CausalObjective(config.loss), config.train, run)
-        return trainer.run(out, on_step, validate if validation else None)
-
-    client_metrics: dict[str, Any] | None = None
-    if live:
-        teacher = create_teacher(config.teacher, config.store, config.client)
-        require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
-        with ScoreCache(config.cache) as cache, TeacherClient(teacher, config.client, cache) as client:
-            reports = train(FromClient(client, pack.train.tokens))
-            client_metrics = client.metrics.to_json()
-    elif store_folder is not None:
-        reports = train(FromStore(LogitStore(store_folder, pack).__getitem__))
-    else:
-        reports = train(DataOnly())
+        reports = trainer.run(out, on_step, validate if validation else None)
+        metrics = None if client is None else client.metrics.to_json()
     save_student(student, out / "model", config)
     return {
         "out": str(out),
@@ -168,8 +145,63 @@ def train_causal(
         "cross_entropy": reports[-1].cross_entropy if reports else None,
         "distillation": reports[-1].distillation if reports else None,
         "waited_share": sum(r.waited_seconds for r in reports) / sum(r.seconds for r in reports) if reports else None,
-        "client": client_metrics,
+        "client": metrics,
     }
+
+
+def check_training(pack: Pack, config: DistillConfig, store_folder: Path | None, *, live: bool) -> None:
+    """Refuse what cannot be trained, before anything is loaded.
+
+    Raises:
+        UsageError: distillation without rows, or rows from two sides.
+        NotFoundError, InputError: no such store, or one of another corpus.
+    """
+    if store_folder is not None and live:
+        raise UsageError("a store and the live teacher were both given, and one of them gives the rows.", param="store")
+    if config.loss.kd_weight and store_folder is None and not live:
+        raise UsageError(
+            f"loss.kd_weight={config.loss.kd_weight:g} was set without a teacher's rows.",
+            hint="Give --store FOLDER or --live, or set loss.kd_weight=0 to learn from the data alone.",
+            param="loss.kd_weight",
+        )
+    if store_folder is not None:
+        LogitStore(store_folder, pack)
+
+
+@contextmanager
+def supervision(
+    pack: Pack, config: DistillConfig, store_folder: Path | None, *, live: bool
+) -> Iterator[tuple[Supervision, TeacherClient | None]]:
+    """Where the rows of a run come from, and the client if the teacher is asked while training."""
+    if store_folder is not None:
+        yield FromStore(LogitStore(store_folder, pack).__getitem__), None
+    elif live:
+        teacher = create_teacher(config.teacher, config.store, config.client)
+        require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+        with ScoreCache(config.cache) as cache, TeacherClient(teacher, config.client, cache) as client:
+            yield FromClient(client, pack.train.tokens), client
+    else:
+        yield DataOnly(), None
+
+
+def causal_trainer(
+    pack: Pack,
+    config: DistillConfig,
+    store_folder: Path | None,
+    rows: Supervision,
+    device: torch.device,
+    workers: Workers | None = None,
+) -> Trainer:
+    """The trainer of a causal student, as one worker or alone."""
+    student = create_causal_student(
+        config.student,
+        vocab_size=pack.header.vocab_size,
+        max_tokens=pack.header.sequence_tokens,
+        seed=config.train.seed,
+        activation_checkpointing=config.train.activation_checkpointing,
+    ).to(device)
+    run = run_identity(pack, config, store_folder)
+    return Trainer(student, pack, rows, CausalObjective(config.loss), config.train, run, workers)
 
 
 def train_latent_autoencoder(

@@ -1,0 +1,300 @@
+"""Does asking ahead hide a teacher's latency: `python benchmarks/distill_prefetch.py --json`.
+
+A real vLLM server scores a packed text; its answers are kept by a relay, which then gives them back with a latency of
+50 and 200 ms and, now and then, a 429. So what is measured is the waiting that asking ahead can hide, and not the
+engine's share of the cores. A student of real size trains on them, with prefetch and without, in turn; its idle share
+is the time in which it waited for rows over the time of its steps. The relay counts the requests in flight and the
+number of log-probabilities that each asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from sparkray.cluster.processes import free_port
+from sparkray.config.base import validate_settings
+from sparkray.config.distill import DistillConfig
+from sparkray.distill.client.client import TeacherClient
+from sparkray.distill.data.pack import Pack
+from sparkray.distill.run import make_pack
+from sparkray.distill.students.causal import create_causal_student
+from sparkray.distill.teachers.create import create_teacher
+from sparkray.distill.training.objective import CausalObjective
+from sparkray.distill.training.supervision import FromClient
+from sparkray.distill.training.trainer import Trainer
+from sparkray.models import prepare_model
+
+TOP_LOGPROBS, REDUCED = 20, 10
+START_SECONDS = 400.0
+
+
+class Relay:
+    """Answers of a server, kept by request, given back late and sometimes refused."""
+
+    def __init__(self, upstream: str) -> None:
+        self._upstream = upstream
+        self._answers: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self.latency_seconds = 0.0
+        self.refuse_every = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        self.in_flight = self.peak_in_flight = self.num_requests = self.num_refused = 0
+        self.asked: list[tuple[int, int]] = []
+
+    def handle(self, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        """Answer one request."""
+        asked = json.loads(body).get("prompt_logprobs", 0)
+        with self._lock:
+            self.num_requests += 1
+            self.in_flight += 1
+            self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+            refused = bool(self.refuse_every) and self.num_requests % self.refuse_every == 0
+            self.num_refused += refused
+        try:
+            time.sleep(self.latency_seconds)
+            status, answer = (429, b"{}") if refused else (200, self._answer(path, body))
+            return status, answer, {"Retry-After": "0"} if refused else {}
+        finally:
+            with self._lock:
+                self.in_flight -= 1
+                self.asked.append((asked, status))
+
+    def _answer(self, path: str, body: bytes) -> bytes:
+        key = f"{path}\n{body.decode()}"
+        if key not in self._answers:
+            response = httpx.post(
+                self._upstream + path, content=body, timeout=300, headers={"Content-Type": "application/json"}
+            )
+            response.raise_for_status()
+            self._answers[key] = response.content
+        return self._answers[key]
+
+
+def main() -> None:
+    """Print the shares; the last line is one JSON object under `--json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-sequences", type=int, default=4)
+    parser.add_argument("--sequence-tokens", type=int, default=64)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--refuse-every", type=int, default=15, help="Every so many requests, one is answered with 429."
+    )
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, vllm_server(Path(folder)) as upstream:
+        relay = Relay(upstream)
+        with serve(relay) as url:
+            report = measure(arguments, relay, f"{url}/v1", Path(folder))
+    for key, value in report.items():
+        print(f"{key:34} {value}")
+    if arguments.json:
+        print(json.dumps(report))
+
+
+def measure(arguments: argparse.Namespace, relay: Relay, url: str, folder: Path) -> dict[str, Any]:
+    """Idle shares with and without prefetch at both latencies, and what the relay counted."""
+    config = validate_settings(
+        DistillConfig,
+        {
+            "pack": {
+                "sequence_tokens": arguments.sequence_tokens,
+                "max_sequences": arguments.steps * arguments.batch_sequences,
+            },
+            "teacher": {
+                "kind": "api",
+                "base_url": url,
+                "model": "teacher",
+                "tokenizer": "embedded",
+                "max_model_tokens": 512,
+                "overlap_tokens": 64,
+            },
+            "client": {"backoff_seconds": 0.01},
+            "loss": {"target": "tail_bucket"},
+            "student": {
+                "hidden_size": arguments.hidden_size,
+                "num_layers": 6,
+                "num_heads": 4,
+                "intermediate_size": 4 * arguments.hidden_size,
+            },
+            "train": {
+                "num_steps": arguments.steps,
+                "batch_sequences": arguments.batch_sequences,
+                "micro_batch_sequences": arguments.batch_sequences,
+            },
+        },
+    )
+    pack = make_pack("python-docs", folder / "pack", config)
+    for top_logprobs in (TOP_LOGPROBS, REDUCED):
+        record(config, pack, top_logprobs)
+    relay.refuse_every = arguments.refuse_every
+    shares: dict[tuple[int, bool], list[float]] = {}
+    peak = num_refused = 0
+    recovered = True
+    for _ in range(arguments.rounds):
+        for latency_ms in (50, 200):
+            for ahead in (True, False):
+                relay.reset()
+                relay.latency_seconds = latency_ms / 1000
+                shares.setdefault((latency_ms, ahead), []).append(idle_share(config, pack, ahead=ahead))
+                peak, num_refused = max(peak, relay.peak_in_flight), num_refused + relay.num_refused
+                recovered = recovered and asked_less_and_recovered(relay.asked)
+    medians = {key: statistics.median(values) for key, values in shares.items()}
+    return {
+        "idle_share_prefetch": max(medians[50, True], medians[200, True]),
+        "idle_share_prefetch_50ms": medians[50, True],
+        "idle_share_prefetch_200ms": medians[200, True],
+        "idle_share_without_50ms": medians[50, False],
+        "idle_share_without_200ms": medians[200, False],
+        "peak_in_flight": peak,
+        "num_429": num_refused,
+        "asked_10_after_429_and_20_after_10_successes": recovered,
+        "num_rounds": arguments.rounds,
+        "num_steps": arguments.steps,
+    }
+
+
+def record(config: DistillConfig, pack: Pack, top_logprobs: int) -> None:
+    """Let the server score every sequence once at a number of log-probabilities."""
+    client = config.client.model_copy(update={"top_logprobs": top_logprobs})
+    teacher = create_teacher(config.teacher, config.store, client)
+    with TeacherClient(teacher, client) as asking:
+        for future in [asking.submit(pack.train.tokens(number)) for number in range(len(pack.train))]:
+            future.result()
+
+
+def idle_share(config: DistillConfig, pack: Pack, *, ahead: bool) -> float:
+    """Train once over the pack; the share of its steps that the student waited, the first step left out."""
+    student = create_causal_student(
+        config.student, vocab_size=pack.header.vocab_size, max_tokens=pack.header.sequence_tokens, seed=0
+    )
+    client = config.client
+    teacher = create_teacher(config.teacher, config.store, client)
+    with TeacherClient(teacher, client) as asking:
+        rows: Any = FromClient(asking, pack.train.tokens)
+        if not ahead:
+            rows = OnDemand(rows)
+        trainer = Trainer(student, pack, rows, CausalObjective(config.loss), config.train, {})
+        reports = [trainer.run_step() for _ in range(config.train.num_steps)][1:]
+    return sum(report.waited_seconds for report in reports) / sum(report.seconds for report in reports)
+
+
+class OnDemand:
+    """Supervision that is never asked for ahead."""
+
+    def __init__(self, inner: FromClient) -> None:
+        self._inner = inner
+
+    def rows(self, sequences: Any, upcoming: Any) -> Any:
+        """Rows of some sequences, asked for now."""
+        return self._inner.rows(sequences, [])
+
+
+def asked_less_and_recovered(asked: list[tuple[int, int]]) -> bool:
+    """Whether, in the order of answers, a 429 was followed by requests for 10, and ten answers later by one for 20.
+
+    Requests that were already under way when the 429 came may still ask for 20, as many as fit in flight.
+    """
+    refused = [place for place, (_, status) in enumerate(asked) if status == 429]
+    if not refused:
+        return False
+    for place in refused:
+        after = [number for number, _ in asked[place + 1 :]]
+        under_way = 8
+        if len(after) > under_way and REDUCED not in after[: under_way + 1]:
+            return False
+    return asked[-1][0] == TOP_LOGPROBS or any(
+        left[0] == REDUCED and right[0] == TOP_LOGPROBS for left, right in itertools.pairwise(asked)
+    )
+
+
+@contextmanager
+def vllm_server(folder: Path) -> Iterator[str]:
+    """vLLM's own OpenAI server with the embedded model, on 127.0.0.1."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(prepare_model("embedded")),
+        "--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
+        "--max-logprobs", str(TOP_LOGPROBS), "--no-enable-prefix-caching", "--enforce-eager", "--dtype", "bfloat16",
+    ]  # fmt: skip
+    with (folder / "vllm.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(url, server, folder / "vllm.log")
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(1)
+    raise SystemExit(f"vLLM did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@contextmanager
+def serve(relay: Relay) -> Iterator[str]:
+    """The relay behind HTTP."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            status, body, headers = relay.handle(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    main()
