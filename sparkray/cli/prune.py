@@ -40,6 +40,9 @@ LongText = Annotated[str | None, typer.Option(help="Longer texts: `refuse`, `tru
 NumSamples = Annotated[int | None, typer.Option(help="Rows drawn from the calibration set.")]
 MaxPerplexityRatio = Annotated[float | None, typer.Option(help="Fail above this: perplexity after over before.")]
 MaxTokenKl = Annotated[float | None, typer.Option(help="Fail above this: mean KL a token, in nats.")]
+EngineFlag = Annotated[
+    str | None, typer.Option(help="Compare by `transformers`, or `vllm`'s prompt log-probabilities.")
+]
 MinTop1Agreement = Annotated[float | None, typer.Option(help="Fail below this: share of equal best tokens.")]
 
 
@@ -66,7 +69,14 @@ def experts(
     max_perplexity_ratio: MaxPerplexityRatio = None,
     max_token_kl: MaxTokenKl = None,
     min_top1_agreement: MinTop1Agreement = None,
+    engine: EngineFlag = None,
     check: Annotated[bool, typer.Option(help="Compare both models at the end.")] = True,
+    ask: Annotated[
+        Path | None, typer.Option(help="Prompts: serve the pruned model in the end and print its answers.")
+    ] = None,
+    serve: Annotated[
+        list[str] | None, typer.Option("--serve", help="With --ask: a server's setting, as engine.max_num_seqs=8.")
+    ] = None,
     on_ray: OnRay = False,
     config: ConfigFiles = None,
     overrides: Overrides = None,
@@ -89,6 +99,7 @@ def experts(
             "max_perplexity_ratio": max_perplexity_ratio,
             "max_token_kl": max_token_kl,
             "min_top1_agreement": min_top1_agreement,
+            "engine": engine,
             "dtype": dtype,
             "device": device,
         },
@@ -109,7 +120,14 @@ def experts(
             run_observe=run_observe,
             run_shards=run_shards,
         )
-    _print(report, json)
+    if ask is None or dry_run:
+        _print(report, json)
+        return
+    from sparkray.cli.prune_ask import ask_served
+
+    pruned = Path(report["directory"])
+    answers = pruned.with_name(f"{pruned.name}.answers.json")
+    _print(report | {"answers": ask_served(pruned, ask, answers, serve=serve or (), quiet=json)}, json)
 
 
 @app.command()
@@ -266,6 +284,7 @@ def validate(
     max_perplexity_ratio: MaxPerplexityRatio = None,
     max_token_kl: MaxTokenKl = None,
     min_top1_agreement: MinTop1Agreement = None,
+    engine: EngineFlag = None,
     dtype: Dtype = None,
     device: Device = None,
     max_tokens: MaxTokens = None,
@@ -279,6 +298,7 @@ def validate(
         "max_perplexity_ratio": max_perplexity_ratio,
         "max_token_kl": max_token_kl,
         "min_top1_agreement": min_top1_agreement,
+        "engine": engine,
         "dtype": dtype,
         "device": device,
     }
@@ -301,6 +321,20 @@ def validate(
         report = write_report(pruned, read_plan(pruned), comparison, settings.check)
     _print(report, json)
     require_bounds(comparison, settings.check)
+
+
+@app.command()
+def example(
+    out: Annotated[Path, typer.Argument(help="Directory of the new checkpoint.", metavar="OUT")],
+    num_experts: Annotated[int, typer.Option("--experts", min=3, max=64, help="Experts of every layer.")] = 4,
+    json: JsonFlag = False,
+) -> None:
+    """Make a mixture of experts of the embedded model, to try pruning on without a download."""
+    from sparkray.models import EMBEDDED, prepare_model
+    from sparkray.pruning.upcycle import upcycle
+
+    num_bytes = upcycle(Path(prepare_model(EMBEDDED)), out, num_experts=num_experts)
+    _print({"directory": str(out), "num_experts": num_experts, "num_bytes": num_bytes}, json)
 
 
 @app.command()

@@ -27,7 +27,10 @@ GateSource = Literal["model", "upstream"]
 PlacementName = Literal["auto", "resident", "layers", "streaming"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LongTextRule = Literal["refuse", "truncate", "split"]
+EngineName = Literal["transformers", "vllm"]
 ProtectRule = Literal["none", "super", "outliers"]
+
+_SIZES = ("ratio", "num_experts", "target_gb")
 
 
 class CalibrationConfig(Settings):
@@ -87,7 +90,7 @@ class PlanConfig(Settings):
     def _one_size(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        given = [name for name in ("ratio", "num_experts", "target_gb") if values.get(name) is not None]
+        given = [name for name in _SIZES if values.get(name) is not None]
         if len(given) > 1:
             raise ValueError(f"at most one of ratio, num_experts and target_gb is expected, and {given} were given")
         return values if given else {**values, "ratio": 0.25}
@@ -103,6 +106,12 @@ class ValidateConfig(Settings):
     dtype: DtypeName = Field("auto", description="Type of both forwards.")
     micro_batch_sequences: int = Field(4, ge=1, le=4096, description="Sequences in one forward pass.")
     device: str = Field("cpu", description="torch device of both forwards.")
+    engine: EngineName = Field("transformers", description="What computes the distributions.")
+    vllm_top_logprobs: int = Field(
+        64, ge=1, le=262_144, description="Likeliest tokens a place that vLLM gives; the KL is exact where it is all."
+    )
+    vllm_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of vLLM's CPU engine, in GiB.")
+    vllm_gpu_memory: float = Field(0.8, gt=0, le=0.95, description="Share of the GPU's memory that vLLM takes.")
 
 
 class PruneConfig(Settings):
@@ -113,3 +122,31 @@ class PruneConfig(Settings):
     actors: ActorConfig = Field(default_factory=ActorConfig, description="The same, spread over a Ray cluster.")
     plan: PlanConfig = Field(default_factory=PlanConfig, description="What is cut.")
     check: ValidateConfig = Field(default_factory=ValidateConfig, description="What must still hold.")
+
+
+class PruneJobConfig(PruneConfig):
+    """One run of `jobs/prune_experts.py`: a prune and its place. The sizes and the criterion win over `plan`'s."""
+
+    model: str = Field(min_length=1, description="Model directory, at the same path on every node.")
+    data: str = Field(min_length=1, description="Calibration set, as `sparkray prune experts --data` takes it.")
+    work: str | None = Field(None, description="Folder of partial sums and results; artifacts/MODEL/DATA when unset.")
+    out: str | None = Field(None, description="Directory of the pruned checkpoint.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the experts of a layer to cut.")
+    num_experts: int | None = Field(None, ge=1, description="Experts of a layer to keep.")
+    target_gb: float | None = Field(None, gt=0, description="Size of the checkpoint to reach, in GB of 1e9 bytes.")
+    criterion: CriterionName | None = Field(None, description="Score of an expert; the lowest are cut.")
+    compare: bool = Field(True, description="Compare both models at the end.")
+    on_ray: bool = Field(True, description="One actor a node of the cluster; else this process alone.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flags_into_plan(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        plan = dict(values.get("plan") or {})
+        given = {name: values[name] for name in _SIZES if values.get(name) is not None}
+        if given:
+            plan = {name: value for name, value in plan.items() if name not in _SIZES} | given
+        if values.get("criterion") is not None:
+            plan["criterion"] = values["criterion"]
+        return {**values, "plan": plan}

@@ -84,6 +84,10 @@ def validate_stage(
     check_structure(after)
     picked = CalibrationSet(data.sequences[: config.max_sequences])
     with bar("check") as progress:
+        if config.engine == "vllm":
+            from sparkray.pruning.vllm_compare import compare_by_vllm
+
+            return compare_by_vllm(before, Checkpoint(after), picked, config, progress)
         return compare(before, Checkpoint(after), picked, config, progress)
 
 

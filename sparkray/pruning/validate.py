@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparkray.config.pruning import ValidateConfig
+from sparkray.config.pruning import EngineName, ValidateConfig
 from sparkray.errors import InputError, SparkrayError
 from sparkray.pruning.calibration import CalibrationSet
 from sparkray.pruning.checkpoint import Checkpoint
@@ -42,6 +42,8 @@ class Comparison:
         perplexity_before, perplexity_after: exp of the mean negative log-likelihood of the next token.
         token_kl: mean KL(before || after) of the next-token distribution, in nats.
         top1_agreement: share of tokens where both models prefer the same token.
+        engine: which engine gave the distributions.
+        note: what a reader has to know of them, or None.
     """
 
     num_tokens: int
@@ -49,6 +51,8 @@ class Comparison:
     perplexity_after: float
     token_kl: float
     top1_agreement: float
+    engine: EngineName = "transformers"
+    note: str | None = None
 
     @property
     def perplexity_ratio(self) -> float:
@@ -70,7 +74,7 @@ def compare(
     Raises:
         InputError: the vocabularies differ, or no sequence has two tokens.
     """
-    _check_pair(before, after)
+    check_pair(before, after)
     dtype = resolve_dtype(config.dtype, before)
     models = (LayeredModel(before, dtype, config.device), LayeredModel(after, dtype, config.device))
     batches = list(micro_batches(data.sequences, config.micro_batch_sequences))
@@ -189,7 +193,8 @@ def _sums(
     return total
 
 
-def _check_pair(before: Checkpoint, after: Checkpoint) -> None:
+def check_pair(before: Checkpoint, after: Checkpoint) -> None:
+    """Refuse two checkpoints whose next-token distributions cannot be compared."""
     sizes = [int(text_config(part.config, part.family)["vocab_size"]) for part in (before, after)]
     if before.family != after.family or sizes[0] != sizes[1]:
         raise InputError(

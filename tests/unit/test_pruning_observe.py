@@ -17,6 +17,7 @@ from sparkray.config.pruning import CalibrationConfig, ObserveConfig
 from sparkray.errors import InputError
 from sparkray.pruning.calibration import read_calibration
 from sparkray.pruning.checkpoint import Checkpoint
+from sparkray.pruning.criteria import expert_scores
 from sparkray.pruning.observation import ShardObserver, observation_key, observe
 from sparkray.pruning.observe import ExpertObserver
 from sparkray.pruning.partials import PartialStore
@@ -107,11 +108,22 @@ def test_a_damaged_partial_is_named(inputs: Path, tmp_path: Path) -> None:
         observed(directory, inputs, tmp_path / "a")
 
 
-def test_golden_files_where_they_are_given(tmp_path: Path) -> None:
-    root = os.environ.get("SPARKRAY_REAP_GOLDENS")
-    if root is None:
-        pytest.skip("SPARKRAY_REAP_GOLDENS names no folder of golden saliencies")
-    for reference in sorted(Path(root).glob("*/saliency_float64.json")):
+GOLDENS = os.environ.get("SPARKRAY_REAP_GOLDENS")
+
+
+@pytest.mark.skipif(GOLDENS is None, reason="SPARKRAY_REAP_GOLDENS names no folder of golden saliencies")
+@pytest.mark.parametrize("placement", ["resident", "streaming"])
+def test_golden_files_where_they_are_given(placement: str, tmp_path: Path) -> None:
+    root = Path(str(GOLDENS))
+    references = sorted(root.glob("*/saliency_float64.json"))
+    assert references
+    for reference in references:
         expected = json.loads(reference.read_text())["layers"]
-        found = observed(reference.parent, Path(root) / "inputs.json", tmp_path, placement="auto", shard_sequences=64)
+        found = observed(reference.parent, root / "inputs.json", tmp_path, placement=placement, shard_sequences=64)
         assert_same_fields(found, expected)
+        for layer, fields in expected.items():
+            scores = expert_scores(found[layer], "reap")
+            for share in (4, 2):
+                num_cut = len(scores) // share
+                cut = set(np.argsort(scores)[:num_cut].tolist())
+                assert cut == set(np.argsort(fields["reap"])[:num_cut].tolist()), (reference, layer)
