@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -23,7 +22,7 @@ from sparkray.poc.fleet.ledger import Ledger
 from sparkray.poc.fleet.messages import Ack, CheckChunk, GroupPlace, Run, WorkerHandle, WorkerLostError, WorkerReport
 from sparkray.poc.fleet.runner import STOP_TIMEOUT_SECONDS, FleetRunner
 from sparkray.poc.fleet.worker import GroupWorker
-from sparkray.poc.groups import create_gpu_groups, get_min_group_vram
+from sparkray.poc.groups import GroupShape, get_min_group_vram, gpu_shapes
 from sparkray.poc.phases import Phase
 from sparkray.poc.ray_metrics import FleetMetrics
 
@@ -89,22 +88,6 @@ class RayHandle:
 
     def end(self) -> None:
         ray.kill(self.actor, no_restart=True)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupShape:
-    """What Ray sets aside for one group.
-
-    Attributes:
-        num_gpus: 0 for the CPU.
-    """
-
-    num_gpus: int
-    num_cpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        return {"CPU": self.num_cpus, **({"GPU": float(self.num_gpus)} if self.num_gpus else {})}
 
 
 class RayLauncher:
@@ -183,18 +166,7 @@ def group_shapes(run: Run, config: PocServiceConfig) -> list[GroupShape]:
     if not on_cuda:
         count = config.num_groups or sum(1 for node in ray.nodes() if node["Alive"])
         return [GroupShape(0, config.num_cpus_per_group)] * count
-    needed = get_min_group_vram(run.params, run.weights)
-    memory = [gib for gib in _read_gpu_memory() if gib]
-    shapes = [
-        GroupShape(len(group.device_ids), config.num_cpus_per_group)
-        for gib in memory
-        for group in create_gpu_groups(gib, needed)
-    ]
-    if not shapes:
-        raise UnavailableError(
-            f"this model needs {needed:.1f} GiB in 1, 2, 4 or 8 GPUs of one node, and the nodes have {memory}.",
-            hint="Choose a smaller model, or device=cpu.",
-        )
+    shapes = gpu_shapes(_read_gpu_memory(), get_min_group_vram(run.params, run.weights), config.num_cpus_per_group)
     return shapes[: config.num_groups] if config.num_groups else shapes
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparkray.config.poc import V1, ModelParams, WeightsConfig
+from sparkray.errors import UnavailableError
 
 GROUP_SIZES = (1, 2, 4, 8)
 _CONTEXT_GIB = 1.0
@@ -66,6 +67,48 @@ def get_min_group_vram(params: ModelParams, weights: WeightsConfig, batch_size: 
     per_position = 2 * (2 * params.ffn_hidden) + 4 * (6 * params.dim)
     activation_bytes = positions * per_position + batch_size * params.vocab_size * 16
     return (weight_bytes + activation_bytes) / _GIB + _CONTEXT_GIB
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """What a scheduler sets aside for one group.
+
+    Attributes:
+        num_gpus: 0 for the CPU.
+        num_cpus: logical ones.
+    """
+
+    num_gpus: int
+    num_cpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """As a bundle of resources, which always lies on one node."""
+        return {"CPU": self.num_cpus, **({"GPU": float(self.num_gpus)} if self.num_gpus else {})}
+
+
+def gpu_shapes(memory_gib: Sequence[Sequence[float]], needed_gib: float, num_cpus: float) -> list[GroupShape]:
+    """The groups that the GPUs of several nodes make.
+
+    Args:
+        memory_gib: of every GPU, node by node.
+
+    Raises:
+        UnavailableError: they make none.
+    """
+    shapes = [
+        GroupShape(len(group.device_ids), num_cpus)
+        for node in memory_gib
+        if node
+        for group in create_gpu_groups(node, needed_gib)
+    ]
+    if not shapes:
+        raise UnavailableError(
+            f"this model needs {needed_gib:.1f} GiB in 1, 2, 4 or 8 GPUs of one node, and the nodes have"
+            f" {[list(node) for node in memory_gib]}.",
+            hint="Choose a smaller model, or device=cpu.",
+        )
+    return shapes
 
 
 def _group_size(vram_gb: Sequence[float], min_vram_gb: float) -> int:

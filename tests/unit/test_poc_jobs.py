@@ -21,6 +21,7 @@ from sparkray.errors import UnavailableError, UsageError
 from sparkray.poc import measure
 from sparkray.poc.compare import ServerResult, cross_check
 from sparkray.poc.devices import resolve_device
+from sparkray.poc.groups import GroupShape, gpu_shapes
 from sparkray.poc.live_table import Rates, build_table
 from sparkray.poc.local import generate, measure_rate, verify_hardened
 from sparkray.poc.planner import MACHINES, Goal, Machine, predict, search
@@ -44,6 +45,15 @@ def test_devices_by_name() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UnavailableError, match="CUDA devices are there"):
         resolve_device(f"cuda:{torch.cuda.device_count()}")
+
+
+def test_gpus_of_several_nodes_make_groups_within_each() -> None:
+    shapes = gpu_shapes([[80.0, 80.0], [], [24.0, 24.0, 24.0]], 40.0, 2.0)
+    assert [shape.num_gpus for shape in shapes] == [1, 1, 2]
+    assert shapes[2].bundle == {"CPU": 2.0, "GPU": 2.0}
+    assert GroupShape(0, 1.5).bundle == {"CPU": 1.5}
+    with pytest.raises(UnavailableError, match=r"needs 40.0 GiB .* \[\[24.0\], \[16.0\]\]"):
+        gpu_shapes([[24.0], [16.0]], 40.0, 1.0)
 
 
 def test_generate_keeps_the_valid_ones_of_this_node() -> None:
