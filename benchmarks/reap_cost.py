@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3, help="turns of memory and rewrite")
-    parser.add_argument("--observe-rounds", type=int, default=15, help="turns of plain and watched forwards")
+    parser.add_argument("--observe-rounds", type=int, default=9, help="turns of plain and watched forwards")
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is made")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs="*", type=Path, help=argparse.SUPPRESS)
@@ -70,7 +70,7 @@ def observe_cost(rounds: int) -> dict[str, Any]:
     from sparkray.pruning.observe import ExpertObserver
 
     torch.manual_seed(0)
-    settings = model_config(num_layers=4) | {"num_experts": 64, "num_experts_per_tok": 8}
+    settings = model_config(num_layers=2) | {"num_experts": 64, "num_experts_per_tok": 8}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
     ids = torch.randint(0, VOCAB, (4, 256))
     mask = torch.ones_like(ids)

@@ -33,7 +33,7 @@ def write_heatmap(plan: PrunePlan, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as failure:
-        raise MissingExtraError.for_module("matplotlib", "report") from failure
+        raise MissingExtraError.for_module("matplotlib", "search") from failure
     shares = relative_scores(plan)
     num_layers, num_experts = shares.shape
     width = min(_MAX_INCHES, num_experts * _CELL_INCHES + 2 * _MARGIN_INCHES)
