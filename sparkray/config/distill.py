@@ -24,6 +24,9 @@ class PackConfig(Settings):
     validation_share: float = Field(0.1, ge=0, lt=1, description="Share of the documents that is held out.")
     max_sequences: int | None = Field(None, ge=1, description="Most training sequences; all of them when unset.")
     seed: int = Field(0, ge=0, description="Seed of the split.")
+    tokenizer: str | None = Field(
+        None, description="Folder of the student's tokenizer; the teacher's when unset. Another one needs alignment."
+    )
 
     @model_validator(mode="after")
     def _chunks_divide(self) -> Self:
@@ -227,8 +230,19 @@ class LatentConfig(Settings):
         return self
 
 
+class AlignmentConfig(Settings):
+    """What is done where teacher and student cut text differently."""
+
+    method: Literal["off", "bytes"] = Field("off", description="`bytes` carries rows over by the bytes of tokens.")
+    min_mass_share: float = Field(
+        0.5, ge=0, le=1, description="Least share of the teacher's probability with a counterpart."
+    )
+
+
 class DistillConfig(Settings):
     """One distillation, from text to a student."""
+
+    alignment: AlignmentConfig = Field(AlignmentConfig(), description="Between two tokenizers.")
 
     pack: PackConfig = Field(PackConfig(), description="How text becomes sequences.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="Who teaches.")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sparkray.config.distill import DistillConfig
 from sparkray.distill.alignment.fingerprint import load_tokenizer, require_same_tokenizer, tokenizer_sha256
+from sparkray.distill.alignment.pieces import vocabulary_pieces
+from sparkray.distill.alignment.teacher import AlignedTeacher
 from sparkray.distill.cache.file import ScoreCache
 from sparkray.distill.client.client import TeacherClient
 from sparkray.distill.data.pack import Pack, pack_documents, read_pack, write_pack
@@ -25,6 +27,7 @@ from sparkray.distill.store.manifest import Manifest
 from sparkray.distill.store.reader import LogitStore
 from sparkray.distill.students.causal import CausalStudent, create_causal_student
 from sparkray.distill.students.latent import LatentStudent
+from sparkray.distill.teachers.base import Teacher
 from sparkray.distill.teachers.create import create_teacher, teacher_tokenizer
 from sparkray.distill.training.autoencoder import aligned_chunks, load_autoencoder, save_autoencoder, train_autoencoder
 from sparkray.distill.training.evaluate import Evaluation, evaluate
@@ -49,7 +52,7 @@ def make_pack(source: str, out: Path, config: DistillConfig) -> Pack:
     Raises:
         NotFoundError, InputError: no such text, or too little of it.
     """
-    tokenizer = teacher_tokenizer(config.teacher)
+    tokenizer = student_tokenizer(config)
     pack = pack_documents(
         read_documents(source),
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
@@ -60,6 +63,44 @@ def make_pack(source: str, out: Path, config: DistillConfig) -> Pack:
     )
     write_pack(pack, out)
     return pack
+
+
+def student_tokenizer(config: DistillConfig) -> Tokenizer:
+    """The tokenizer of the pack: its own, or the teacher's."""
+    if config.pack.tokenizer is None:
+        return teacher_tokenizer(config.teacher)
+    return load_tokenizer(prepare_model(config.pack.tokenizer))
+
+
+def teacher_of_pack(pack: Pack, config: DistillConfig) -> Teacher:
+    """The teacher, answering in the pack's ids.
+
+    Raises:
+        InputError: another tokenizer than the pack's, with alignment off; or a pack of another tokenizer than
+            `pack.tokenizer` names.
+        UsageError: alignment with a target that its rows cannot give.
+    """
+    teacher = create_teacher(config.teacher, config.store, config.client)
+    if teacher.identity.tokenizer_sha256 == pack.header.tokenizer_sha256 or config.alignment.method == "off":
+        require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+        return teacher
+    if config.loss.target != "tail_bucket":
+        raise UsageError(
+            f"loss.target={config.loss.target!r} was set, and aligned rows leave what has no counterpart to the tail.",
+            hint="Set loss.target='tail_bucket'.",
+            param="loss.target",
+        )
+    theirs, ours = teacher_tokenizer(config.teacher), student_tokenizer(config)
+    require_same_tokenizer(tokenizer_sha256(ours), pack.header.tokenizer_sha256)
+    return AlignedTeacher(
+        teacher,
+        lambda text: theirs.encode(text, add_special_tokens=False).ids,
+        vocabulary_pieces(theirs),
+        vocabulary_pieces(ours),
+        (end_token(theirs), end_token(ours)),
+        pack.header.tokenizer_sha256,
+        min_mass_share=config.alignment.min_mass_share,
+    )
 
 
 def end_token(tokenizer: Tokenizer) -> int:
@@ -85,8 +126,7 @@ def make_store(pack_folder: Path, out: Path, config: DistillConfig, progress: Pr
         UsageError: `out` is another store's.
     """
     pack = read_pack(pack_folder)
-    teacher = create_teacher(config.teacher, config.store, config.client)
-    require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+    teacher = teacher_of_pack(pack, config)
     header = store_header(pack, teacher.identity, config.store)
     if config.teacher.kind in ("transformers", "vllm_local"):
         scorer = sequence_scorer(teacher, config.store, config.teacher.overlap_tokens)
@@ -176,8 +216,7 @@ def supervision(
     if store_folder is not None:
         yield FromStore(LogitStore(store_folder, pack).__getitem__), None
     elif live:
-        teacher = create_teacher(config.teacher, config.store, config.client)
-        require_same_tokenizer(teacher.identity.tokenizer_sha256, pack.header.tokenizer_sha256)
+        teacher = teacher_of_pack(pack, config)
         with ScoreCache(config.cache) as cache, TeacherClient(teacher, config.client, cache) as client:
             yield FromClient(client, pack.train.tokens), client
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sparkray.config.distill import LossConfig
 from sparkray.distill.alignment.fingerprint import load_tokenizer, require_same_tokenizer, tokenizer_sha256
 from sparkray.distill.alignment.pieces import token_pieces, vocabulary_pieces
 from sparkray.distill.alignment.project import (
@@ -22,7 +24,11 @@ from sparkray.distill.alignment.project import (
     uncommon_losses,
 )
 from sparkray.distill.alignment.spans import SpanGroup, align_pieces, share_one_to_one
+from sparkray.distill.alignment.teacher import AlignedTeacher
+from sparkray.distill.identity import TeacherIdentity
+from sparkray.distill.losses import distillation_loss
 from sparkray.distill.scores import TokenScores, head_only
+from sparkray.distill.targets import target_rows
 from sparkray.errors import InputError, NotFoundError
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "naïve café — 東京 🦊", "def f(x):\n    return x ** 2\n"] * 4
@@ -188,3 +194,68 @@ def test_a_span_that_both_are_sure_of_costs_nothing_and_stays_finite() -> None:
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
+
+
+class SpellingTeacher:
+    """Gives the token that follows half of the probability, and three fixed others the rest of the head."""
+
+    parameters, max_model_tokens = "p", 1000
+    identity = TeacherIdentity("m", "", "", "theirs", "", "", "", "")
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def score(self, token_ids: Sequence[int], top_logprobs: int) -> TokenScores:
+        self.asked.append(list(token_ids))
+        heads = []
+        for token in token_ids[1:]:
+            others = [other for other in (10, 11, 12, 13) if other != token][:3]
+            heads.append([(token, 0.5), *((other, 0.1) for other in others)])
+        return scores_of(heads, [0.5] * len(heads))
+
+    def close(self) -> None:
+        pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(texts, min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 3))
+def test_a_teacher_of_another_tokenizer_answers_in_the_students_ids(parts: list[str], cut: int, cut_end: int) -> None:
+    end = FINE.token_to_id("<|end|>")
+    inner = SpellingTeacher()
+    aligned = AlignedTeacher(
+        inner,
+        lambda text: COARSE.encode(text).ids,
+        PIECES["coarse"],
+        PIECES["fine"],
+        (COARSE.token_to_id("<|end|>"), end),
+        "ours",
+        min_mass_share=0.0,
+    )
+    ids = [token for part in parts for token in [*FINE.encode(part).ids, end]]
+    # A sequence may begin and end in the middle of a character.
+    ids = ids[cut : len(ids) - cut_end]
+    if len(ids) < 2:
+        return
+    scores = aligned.score(ids, 4).checked(len(ids) - 1)
+    for row, token in enumerate(ids[1:]):
+        found = scores.head_ids_LK[row].tolist()
+        if found[0] >= 0:
+            # The likeliest is what follows, in the student's own ids.
+            assert found[0] == token
+            assert scores.head_logprobs_LK[row, 0] == pytest.approx(math.log(0.5))
+        else:
+            assert found == [-1] * 4
+            assert scores.tail_mass[row] == 1.0
+    assert aligned.identity.tokenizer_sha256 == "ours"
+
+
+def test_rows_without_a_counterpart_teach_nothing() -> None:
+    rows = target_rows(
+        [head_only(np.full((2, 3), -1, np.int32), np.full((2, 3), -np.inf, np.float32), np.zeros(2, np.float32))]
+    )
+    logits = torch.randn((2, 7), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    losses = distillation_loss(logits, rows, LossConfig(target="tail_bucket"))
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-6

@@ -133,8 +133,8 @@ def require_coverage(aligned: AlignedScores, min_share: float) -> None:
         raise InputError(
             f"{aligned.mass_share:.1%} of the teacher's probability has a counterpart in the student's vocabulary,"
             f" and at least {min_share:.1%} is asked for ({aligned.byte_share:.1%} of the bytes align one to one).",
-            hint="Compare by rank (uld_weight > 0), lower the bound, or take a teacher with a closer tokenizer.",
-            param="alignment",
+            hint="Lower alignment.min_mass_share, or take a teacher with a closer tokenizer.",
+            param="alignment.min_mass_share",
         )
 
 
