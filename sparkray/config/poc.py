@@ -183,6 +183,7 @@ class PocServiceConfig(Settings):
     max_batches: int = Field(1000, ge=1, description="Received batches that may wait for their verdict.")
     max_batch_nonces: int = Field(100_000, ge=1, description="Nonces of one received batch, at most.")
     deadline_seconds: float = Field(900.0, gt=0, description="After this a received batch is answered as not judged.")
+    noise_sd: float = Field(1.9e-5, gt=0, lt=1, description="Noise between distances of two honest machines.")
     phase_timeout_seconds: float = Field(30.0, gt=0, description="How long a request waits for all groups to follow.")
     load_patience_seconds: float = Field(120.0, gt=0, description="Then loaded groups begin without the others.")
     stop_timeout_seconds: float = Field(60.0, gt=0, description="Time to record everything when groups are stopped.")

@@ -25,6 +25,7 @@ from sparkray.poc.fleet.worker import GroupWorker
 from sparkray.poc.groups import GroupShape, get_min_group_vram, gpu_shapes
 from sparkray.poc.phases import Phase
 from sparkray.poc.ray_metrics import FleetMetrics
+from sparkray.poc.validation import NoiseBand
 
 # A phase change waits in one call, questions come beside it, and one is in reserve.
 _CALLS_AT_ONCE = 4
@@ -150,6 +151,7 @@ def start_fleet(run: Run, ledger: Ledger, config: PocServiceConfig) -> RayFleet:
         max_unsent=config.max_unsent,
         max_batches=config.max_batches,
         deadline_seconds=config.deadline_seconds,
+        band=NoiseBand(config.noise_sd),
     )
     fleet = RayFleet(Controller(run, len(shapes), ledger, launcher, limits), launcher)
     fleet.start()

@@ -115,19 +115,30 @@ def validate(
     computed: list[float] = []
     outside: list[int] = []
     for indices in _chunks(len(accepted), chunk_size):
-        nonces = [accepted.nonces[index] for index in indices]
-        for index, distance in zip(indices, distances(batch.public_key, nonces).tolist(), strict=True):
-            computed.append(distance)
-            agrees = band.contains(accepted.dist[index], distance)
-            if not agrees:
-                outside.append(accepted.nonces[index])
-            test.observe(distance > r_target + band.half_width or not agrees)
+        nonces = tuple(accepted.nonces[index] for index in indices)
+        found = tuple(distances(batch.public_key, nonces).tolist())
+        claimed = [accepted.dist[index] for index in indices]
+        computed += found
+        outside += compare_distances(replace(accepted, nonces=nonces, dist=found), claimed, r_target, band, test)
         if chunk_size is not None and test.decision is not Decision.CONTINUE:
             break
     count = len(computed)
     recomputed = replace(accepted, nonces=accepted.nonces[:count], dist=tuple(computed))
     verdict = ValidatedBatch.judge(recomputed, accepted.dist[:count], r_target, fraud_threshold)
     return Validation(screened, verdict, tuple(outside), test.decision, count)
+
+
+def compare_distances(
+    computed: ProofBatch, received_dist: Sequence[float], r_target: float, band: NoiseBand, test: SequentialTest
+) -> list[int]:
+    """Nonces whose claimed distance is outside of the band; `test` observes every mismatch of either kind."""
+    outside = []
+    for nonce, distance, received in zip(computed.nonces, computed.dist, received_dist, strict=True):
+        agrees = band.contains(received, distance)
+        if not agrees:
+            outside.append(nonce)
+        test.observe(distance > r_target + band.half_width or not agrees)
+    return outside
 
 
 def _chunks(count: int, size: int | None) -> Iterator[list[int]]:

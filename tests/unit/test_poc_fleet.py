@@ -147,6 +147,8 @@ def test_validation_judges_good_proofs_and_refuses_bad_ones_one_by_one(tmp_path:
     assert honest["nonces"] == good
     assert honest["dist"] == pytest.approx([distance_of(nonce) for nonce in good], abs=0)
     assert (honest["n_invalid"], honest["fraud_detected"]) == (0, False)
+    assert (honest["n_outside_band"], fraud["n_outside_band"]) == (0, len(liar))
+    assert (honest["sequential_test"], fraud["sequential_test"]) == ("honest", "fraud")
     assert [entry["index"] for entry in honest["rejected"]] == [len(good) + offset for offset in range(4)]
     assert (fraud["n_invalid"], fraud["fraud_detected"]) == (len(liar), True)
     assert (nonsense["nonces"], nonsense["fraud_detected"]) == ([], True)

@@ -20,6 +20,7 @@ from sparkray.poc.fleet.work_pool import CHUNKS_HELD, WorkPool
 from sparkray.poc.phases import Phase
 from sparkray.poc.proofs import ProofBatch
 from sparkray.poc.selftest import ShareMonitor
+from sparkray.poc.validation import NoiseBand
 
 _RESTART_SECONDS = 1.0
 _MAX_RESTART_SECONDS = 30.0
@@ -37,6 +38,7 @@ class FleetLimits:
         max_batches: received batches without a verdict.
         max_chunks: pieces of them.
         deadline_seconds: until a verdict.
+        band: noise between honest machines.
     """
 
     poll_seconds: float = 1.0
@@ -44,6 +46,7 @@ class FleetLimits:
     max_batches: int = 1000
     max_chunks: int = 100_000
     deadline_seconds: float = 900.0
+    band: NoiseBand = field(default_factory=NoiseBand)
 
 
 @dataclass(slots=True)
@@ -108,7 +111,9 @@ class Controller:
         cursors = self.ledger.cursors(self.run.series, self.num_groups)
         self.seats = [Seat(group_id, cursor) for group_id, cursor in enumerate(cursors)]
         pool = WorkPool(self.limits.max_chunks)
-        self.desk = ValidationDesk(self.run, pool, self.limits.max_batches, self.limits.deadline_seconds)
+        self.desk = ValidationDesk(
+            self.run, pool, self.limits.max_batches, self.limits.deadline_seconds, self.limits.band
+        )
         self.monitor = ShareMonitor(self.run.r_target, self.run.params.vocab_size)
 
     @property

@@ -14,6 +14,8 @@ from sparkray.poc.fleet.messages import CheckedChunk, Run
 from sparkray.poc.fleet.work_pool import WorkPool
 from sparkray.poc.proofs import InValidation, ProofBatch, ValidatedBatch
 from sparkray.poc.screening import Screened, screen
+from sparkray.poc.statistics import SequentialTest
+from sparkray.poc.validation import NoiseBand, compare_distances
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,14 @@ class ValidationDesk:
     Attributes:
         max_batches: of them, at most.
         deadline_seconds: after which a batch without a verdict is answered as not judged.
+        band: noise between honest machines, for what the answer says beyond the network's verdict.
     """
 
     run: Run
     pool: WorkPool
     max_batches: int
     deadline_seconds: float
+    band: NoiseBand = field(default_factory=NoiseBand)
     _open: list[Receipt] = field(default_factory=list)
 
     @property
@@ -80,7 +84,7 @@ class ValidationDesk:
     def answers(self, now: float) -> list[tuple[Receipt, dict[str, Any]]]:
         """Batches that are done or too late, with the bodies of their callbacks; `close` them once recorded."""
         return [
-            (receipt, verdict_body(self.run, receipt))
+            (receipt, verdict_body(self.run, receipt, self.band))
             for receipt in self._open
             if receipt.validation.is_ready or receipt.validation.is_expired(now)
         ]
@@ -90,11 +94,19 @@ class ValidationDesk:
         self._open.remove(receipt)
 
 
-def verdict_body(run: Run, receipt: Receipt) -> dict[str, Any]:
-    """The callback's body: the network's ValidatedBatch, and what was refused where something was."""
+def verdict_body(run: Run, receipt: Receipt, band: NoiseBand) -> dict[str, Any]:
+    """The callback's body: the network's ValidatedBatch and, beyond it, what sees more.
+
+    `n_outside_band` counts claimed distances that are not the computed ones within the noise, `sequential_test` is
+    the decision over mismatches of either kind, and `rejected` says what was refused, where something was. The
+    network's own `fraud_detected` is its own test, and half of a batch refused.
+    """
     validation, rejected = receipt.validation, receipt.screened.rejected
     if validation.is_ready:
-        body = validation.validated(run.r_target, run.fraud_threshold).to_wire()
+        judged = validation.validated(run.r_target, run.fraud_threshold)
+        test = SequentialTest()
+        outside = compare_distances(judged.batch, judged.received_dist, run.r_target, band, test)
+        body = judged.to_wire() | {"n_outside_band": len(outside), "sequential_test": test.decision.value}
     else:
         # -1 is the network's own mark of a batch that was not judged.
         unjudged = ValidatedBatch(
