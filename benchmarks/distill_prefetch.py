@@ -13,10 +13,7 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,7 +26,6 @@ from typing import Any
 import httpx
 import torch
 
-from sparkray.cluster.processes import free_port
 from sparkray.config.base import validate_settings
 from sparkray.config.distill import DistillConfig
 from sparkray.distill.client.client import TeacherClient
@@ -37,13 +33,13 @@ from sparkray.distill.data.pack import Pack
 from sparkray.distill.run import make_pack
 from sparkray.distill.students.causal import create_causal_student
 from sparkray.distill.teachers.create import create_teacher
+from sparkray.distill.teachers.vllm_server import vllm_server
 from sparkray.distill.training.objective import CausalObjective
 from sparkray.distill.training.supervision import FromClient
 from sparkray.distill.training.trainer import Trainer
 from sparkray.models import prepare_model
 
 TOP_LOGPROBS, REDUCED = 20, 10
-START_SECONDS = 400.0
 
 
 class Relay:
@@ -104,8 +100,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, vllm_server(Path(folder)) as upstream:
-        relay = Relay(upstream)
+    server = vllm_server(prepare_model("embedded"), name="teacher", max_model_tokens=512, max_logprobs=TOP_LOGPROBS)
+    with tempfile.TemporaryDirectory() as folder, server as upstream:
+        relay = Relay(upstream.removesuffix("/v1"))
         with serve(relay) as url:
             report = measure(arguments, relay, f"{url}/v1", Path(folder))
     for key, value in report.items():
@@ -228,44 +225,6 @@ def asked_less_and_recovered(asked: list[tuple[int, int]]) -> bool:
     return asked[-1][0] == TOP_LOGPROBS or any(
         left[0] == REDUCED and right[0] == TOP_LOGPROBS for left, right in itertools.pairwise(asked)
     )
-
-
-@contextmanager
-def vllm_server(folder: Path) -> Iterator[str]:
-    """vLLM's own OpenAI server with the embedded model, on 127.0.0.1."""
-    port = free_port()
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(prepare_model("embedded")),
-        "--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
-        "--max-logprobs", str(TOP_LOGPROBS), "--no-enable-prefix-caching", "--enforce-eager", "--dtype", "bfloat16",
-    ]  # fmt: skip
-    with (folder / "vllm.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(url, server, folder / "vllm.log")
-            yield url
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the server answers."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(1)
-    raise SystemExit(f"vLLM did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 @contextmanager

@@ -236,6 +236,50 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command()
+def smoke(
+    out: Annotated[Path | None, typer.Argument(help="Folder to keep; a temporary one by default.")] = None,
+    model: Annotated[str, typer.Option(help="The teacher.")] = "embedded",
+    scenarios: Annotated[list[str] | None, typer.Option("--only", help="A scenario; may be repeated.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each student.", min=2)] = 8,
+    json: JsonFlag = False,
+) -> None:
+    """Run the three Spark scenarios in small and print what each did; the exit code is 1 where one is broken."""
+    import tempfile
+
+    from sparkray.distill.smoke import SCENARIOS, run_smoke
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_smoke(
+            out or Path(folder),
+            model=model,
+            scenarios=scenarios or SCENARIOS,
+            num_steps=steps,
+            say=lambda line: typer.echo(line, err=True),
+        )
+    if json:
+        _print({"ok": all(row["ok"] for row in rows), "scenarios": rows}, json)
+    else:
+        _print_table(rows)
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("loss_first", "loss_last", "second_hit_rate", "latency_p95_seconds", "bytes_per_token", "seconds")
+    table = Table("scenario", "", *columns)
+    for row in rows:
+        numbers = [f"{row[column]:.3f}" if row.get(column) is not None else "" for column in columns]
+        table.add_row(row["scenario"], "ok" if row["ok"] else "BROKEN", *numbers)
+    Console().print(table)
+    for row in rows:
+        for reason in row["broken"]:
+            typer.echo(f"{row['scenario']}: {reason}")
+
+
 def _train_on_cluster(
     pack: Path,
     out: Path,
