@@ -35,6 +35,8 @@ RISKS = (0.02, 0.03, 0.05, 0.1)
 _PRUNE_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _STOP_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _NUM_FOLDS = 4
+# Of the risk that is allowed, so much is used on the certifying questions, on average.
+_USED_PART = 0.1
 _MIN_QUESTIONS = 20
 
 _log = logging.getLogger(__name__)
@@ -257,4 +259,10 @@ def _certify_stopping(
             ]
         )
 
-    return learn_then_test(losses_of, _STOP_GRID, risk, options.delta)
+    certified = learn_then_test(losses_of, _STOP_GRID, risk, options.delta)
+    if certified is None:
+        return None
+    # All candidates up to this one are certified. With few questions the bound lies far above the mean, and with many
+    # it lets the mean come close to `risk`: a search should not lose as much as it is allowed to.
+    careful = [level for level in _STOP_GRID if level <= certified and losses_of(level).mean() <= _USED_PART * risk]
+    return careful[-1] if careful else None
