@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3, help="turns of memory and rewrite")
     parser.add_argument("--observe-rounds", type=int, default=9, help="turns of plain and watched forwards")
+    parser.add_argument("--parts", default="observe,memory,rewrite", help="which claims are measured")
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is made")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs="*", type=Path, help=argparse.SUPPRESS)
@@ -48,13 +49,18 @@ def main() -> None:
     if arguments.side is not None:
         print(json.dumps(SIDES[arguments.side](*arguments.paths)))
         return
+    parts = arguments.parts.split(",")
     result: dict[str, Any] = {"gb": arguments.gb, "num_cpus": os.cpu_count()}
-    result |= observe_cost(arguments.observe_rounds)
-    with tempfile.TemporaryDirectory(prefix="reap-cost-", dir=arguments.folder) as folder:
-        model = Path(folder) / "model"
-        result["checkpoint_bytes"] = write_checkpoint(model, arguments.gb)
-        result |= memory_cost(model, Path(folder), arguments.rounds)
-        result |= rewrite_cost(model, Path(folder), arguments.rounds)
+    if "observe" in parts:
+        result |= observe_cost(arguments.observe_rounds)
+    if {"memory", "rewrite"} & set(parts):
+        with tempfile.TemporaryDirectory(prefix="reap-cost-", dir=arguments.folder) as folder:
+            model = Path(folder) / "model"
+            result["checkpoint_bytes"] = write_checkpoint(model, arguments.gb)
+            if "memory" in parts:
+                result |= memory_cost(model, Path(folder), arguments.rounds)
+            if "rewrite" in parts:
+                result |= rewrite_cost(model, Path(folder), arguments.rounds)
     if arguments.json:
         print(json.dumps(result))
     else:

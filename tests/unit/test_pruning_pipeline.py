@@ -79,6 +79,18 @@ def test_one_command_prunes_checks_and_reports(model: Path, texts: Path, tmp_pat
     assert by_size["plan"]["num_experts_after"] == 6
 
 
+def test_the_job_does_what_the_command_does(model: Path, texts: Path, tmp_path: Path) -> None:
+    whole = run("experts", model, "--data", texts, "--num-experts", 5, "--work", tmp_path / "w", "--json")
+    job = Path(__file__).parents[2] / "jobs" / "prune_experts.py"
+    flags = ["--model", model, "--data", texts, "--num-experts", 5, "--work", tmp_path / "j", "--no-on-ray", "--json"]
+    command = [sys.executable, str(job), *map(str, flags), "--set", "plan.ratio=0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["check"] == whole["check"]
+    assert report["directory"] == whole["directory"].replace("/w/", "/j/")
+
+
 def test_every_stage_alone_gives_the_same_checkpoint(model: Path, texts: Path, tmp_path: Path) -> None:
     whole = run("experts", model, "--data", texts, "--num-experts", 5, "--work", tmp_path / "w", "--no-check", "--json")
     run("observe", model, "--data", texts, "--work", tmp_path / "s", "--json")
