@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -46,6 +47,12 @@ class ObjectStoreEngine(WeightTransferEngine[NothingToInit, FromFile]):
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # vLLM's own waits for the accelerator, and torch raises where there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: FromFile) -> None:
         self.model.load_weights(load_file(update_info.path).items())
