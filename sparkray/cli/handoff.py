@@ -95,7 +95,7 @@ def ask(
 ) -> None:
     """Read a prompt here with vLLM and have it answered by a decode peer."""
     settings = _prefill_settings(config, overrides, model=model, dtype=dtype, codec=codec)
-    target = _peer(peer, secret_file)
+    target = _peer(peer, secret_file, settings)
     from sparkray.handoff.text import TextCodec
 
     text = TextCodec.load(settings.model)
@@ -181,7 +181,7 @@ def verify(
                          *(word for name, address in addresses.items() for word in ("--peer", f"{name}={address}")),
                          *(["--json"] if json_output else [])]  # fmt: skip
                 raise typer.Exit(_run_inside(prefix, inner))
-        peers = {name: _peer(address, secret) for name, address in addresses.items()}
+        peers = {name: _peer(address, secret, settings) for name, address in addresses.items()}
 
         async def run(prefiller: PrefillEngine) -> dict[str, Any]:
             from sparkray.handoff.probe_text import prompts_of
@@ -271,11 +271,11 @@ def _run_inside(prefix: list[str], arguments: list[str]) -> int:
     return subprocess.run([*prefix, sys.executable, "-m", "sparkray.cli.main", *arguments], check=False).returncode
 
 
-def _peer(address: str, secret_file: Path | None) -> Peer:
+def _peer(address: str, secret_file: Path | None, settings: PrefillConfig) -> Peer:
     from sparkray.handoff.client import Peer
 
     path = secret_file or _own_secret()
-    return Peer(address, path.expanduser().read_bytes().strip())
+    return Peer(address, path.expanduser().read_bytes().strip(), settings.tls, link=settings.link)
 
 
 def _own_secret() -> Path:

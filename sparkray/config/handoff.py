@@ -100,6 +100,7 @@ class PrefillConfig(Settings):
     block_size: int | None = Field(None, ge=1, description="Tokens of a KV block; empty: vLLM's own.")
     prefix_caching: bool = Field(True, description="Keep blocks of earlier prompts.")
     codec: CodecName | Literal["auto"] = Field("auto", description="`auto` chooses between raw and int8 by rates.")
+    tls: TlsConfig | None = Field(None, description="Certificates shown to decode peers; empty: plain TCP.")
     link: LinkConfig = Field(LinkConfig(), description="Time limits and buffers of a connection.")
     max_streams: int = Field(64, ge=1, le=4096, description="Transfers at once; further requests prefill unsent.")
 
@@ -146,3 +147,29 @@ class LinkRates(Settings):
     rtt_seconds: float = Field(0.0006, ge=0, description="Round trip.")
     import_seconds: float = Field(0.0, ge=0, description="From the last byte to rows that the engine can use.")
     last_frame_bytes: float = Field(0.0, ge=0, description="Bytes that can leave only after prefill has ended.")
+
+
+class HandoffConfig(Settings):
+    """One coordinator: its prefill engine, its decode peers, and when it hands off."""
+
+    peers: list[str] = Field(min_length=1, max_length=256, description="Decode peers, HOST:PORT each.")
+    secret_file: str = Field(description="File with the secret that is shared with the peers.")
+    model_id: str = Field("sparkray", min_length=1, description="The name that clients use.")
+    prefill: PrefillConfig = Field(PrefillConfig(), description="The prefill engine.")
+    route: RouteConfig = Field(RouteConfig(), description="When a request is handed off.")
+    force_route: RouteName | None = Field(None, description="A route that is always taken while it is open.")
+    prefill_rates: MachineRates = Field(
+        MachineRates(name="prefill", prefill_tokens_per_second=3500, decode_tokens_per_second=11, source="first guess"),
+        description="First guess of the prefill side's rates; measured ones replace it.",
+    )
+    decode_rates: MachineRates = Field(
+        MachineRates(name="decode", prefill_tokens_per_second=1400, decode_tokens_per_second=38, source="first guess"),
+        description="First guess of a decode peer's rates; measured ones replace it.",
+    )
+    link_gbit: float = Field(10.0, gt=0, description="Line rate of the link to the peers.")
+    decode_context_tokens: int = Field(4096, ge=16, description="Longest sequence that the peers take.")
+    limits: WireLimits = Field(WireLimits(), description="What a peer may make this process hold.")
+    max_requests: int = Field(64, ge=1, le=4096, description="Requests at once.")
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache of a CPU engine, in GiB.")
+    num_cpus: float = Field(1, ge=0, description="Ray's logical CPUs of the replica.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray's resources that place the replica.")

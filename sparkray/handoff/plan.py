@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparkray.config.handoff import LinkRates, MachineRates, ModelShape, RouteName
+from sparkray.config.handoff import KvDtypeName, LinkRates, MachineRates, ModelShape, RouteName
 from sparkray.errors import InputError
+from sparkray.handoff.fingerprint import ModelIdentity
 
 GIGABIT = 1e9 / 8
 # What TCP over Ethernet leaves of the line rate with jumbo frames.
@@ -167,4 +168,16 @@ def scaled_rates(base: MachineRates, measured_with: ModelShape, shape: ModelShap
         prefill_tokens_per_second=base.prefill_tokens_per_second * compute,
         decode_tokens_per_second=base.decode_tokens_per_second * memory,
         source=f"scaled by size from {base.source}",
+    )
+
+
+def shape_of_identity(identity: ModelIdentity, dtype: KvDtypeName) -> ModelShape:
+    """The part of a model's shape that transfers depend on; its rates are measured, so parameters are not needed."""
+    return ModelShape(
+        name=identity.architecture,
+        num_layers=identity.num_layers,
+        num_kv_heads=identity.num_kv_heads,
+        head_dim=identity.key_dim,
+        active_params=1,
+        kv_bits=32 if dtype == "float32" else 16,
     )

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from sparkray.config.handoff import PrefillConfig, TlsConfig
+from sparkray.config.handoff import PrefillConfig
 from sparkray.errors import InputError, InternalError
 from sparkray.handoff.fingerprint import ModelIdentity, identity_of_config
 from sparkray.handoff.handing import FirstToken, PrefillOrder
@@ -32,11 +32,10 @@ class PrefillEngine:
 
     Args:
         config: the settings.
-        tls: certificates for the connections to decode peers.
         engine_args: further arguments of vLLM's `AsyncEngineArgs`.
     """
 
-    def __init__(self, config: PrefillConfig, tls: TlsConfig | None = None, **engine_args: Any) -> None:
+    def __init__(self, config: PrefillConfig, **engine_args: Any) -> None:
         folder = Path(prepare_model(config.model))
         self.config = config
         self.folder = folder
@@ -53,7 +52,7 @@ class PrefillEngine:
             "link": config.link.model_dump(),
             "codec": config.codec,
             "max_streams": config.max_streams,
-            "tls": tls.model_dump() if tls else None,
+            "tls": config.tls.model_dump() if config.tls else None,
         }
         arguments: dict[str, Any] = {
             "model": str(folder),

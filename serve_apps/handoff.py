@@ -1,0 +1,13 @@
+"""Serve builder of the handoff's coordinator: `serve deploy serve_apps/handoff.yaml`."""
+
+from __future__ import annotations
+
+from ray.serve.deployment import Application
+
+from sparkray.config.handoff import HandoffConfig
+from sparkray.handoff.deployment import build_handoff_app
+
+
+def build(args: HandoffConfig) -> Application:
+    """The application for `args`; Serve parses them into HandoffConfig by this annotation."""
+    return build_handoff_app(args)
