@@ -151,10 +151,14 @@ class SparkrayConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker.register(kv_caches)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        # Here and not in start_load_kv, which runs after the forward pass where nothing is loaded.
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, HandoffMetadata)
+        self._worker.begin_step(connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        meta = self._get_connector_metadata()
-        assert isinstance(meta, HandoffMetadata)
-        self._worker.begin_step(meta)
+        return
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return

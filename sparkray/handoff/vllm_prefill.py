@@ -62,6 +62,8 @@ class PrefillEngine:
             "enable_chunked_prefill": True,
             "enable_prefix_caching": config.prefix_caching,
             "enforce_eager": True,
+            # Ids in, ids out: text is made by whoever asks.
+            "skip_tokenizer_init": True,
             "kv_transfer_config": KVTransferConfig(
                 kv_connector="SparkrayConnector",
                 kv_role="kv_producer",
@@ -85,6 +87,7 @@ class PrefillEngine:
             max_tokens=1,
             temperature=0.0,
             logprobs=_FIRST_TOKENS,
+            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"kv_transfer_params": {PARAMS_KEY: asdict(order)}},
         )
@@ -102,7 +105,7 @@ class PrefillEngine:
         """The whole answer by this engine alone: tokens, with the margin between the two likeliest."""
         self._check_length(prompt, max_tokens)
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, logprobs=2, ignore_eos=True,
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, logprobs=2, ignore_eos=True, detokenize=False,
             stop_token_ids=list(stop_ids), output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
         async for output in self._engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
