@@ -105,8 +105,8 @@ class PrefillEngine:
         """The whole answer by this engine alone: tokens, with the margin between the two likeliest."""
         self._check_length(prompt, max_tokens)
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, logprobs=2, ignore_eos=True, detokenize=False,
-            stop_token_ids=list(stop_ids), output_kind=RequestOutputKind.DELTA,
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, logprobs=2, ignore_eos=True,
+            detokenize=False, stop_token_ids=list(stop_ids), output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
         async for output in self._engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
             completion = output.outputs[0]
