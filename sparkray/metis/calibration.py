@@ -2,8 +2,8 @@
 
 The thresholds come from simulation: the stationary bootstrap (Politis and Romano, 1994) strings blocks of the recorded
 streams together into long ones, and the average run length (ARL) of a threshold is the number of tokens run through
-per first passage of a CUSUM statistic (Page, 1954) over it. The blocks are long, because answers differ from one
-another: what makes one of them uncertain throughout has to be in the simulation too.
+per alarm of a CUSUM statistic (Page, 1954) that starts anew after each. The blocks are long, because answers differ
+from one another: what makes one of them uncertain throughout has to be in the simulation too.
 
 A threshold for an ARL far above the number of recorded tokens rests on the simulation alone.
 """
@@ -25,6 +25,9 @@ HEDGE_DRIFT = 0.25
 REFUSE_DRIFT = 0.75
 
 _ARL_GRID = (50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0, 10_000.0, 20_000.0, 50_000.0)
+# Thresholds that are tried, in units of z: a finer grid moves what is interpolated by less than the simulation does.
+_LOWEST_THRESHOLD = 0.1
+_NUM_CANDIDATES = 48
 _MIN_TOKENS = 500
 _MAX_LAG1 = 0.95
 
@@ -154,14 +157,14 @@ def _bootstrap(
     streams: Sequence[Stream],
     generator: np.random.Generator,
     mean_block_tokens: int,
-    num_paths: int = 1_600,
+    num_paths: int = 800,
     num_steps: int = 5_000,
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Long streams [path, step] of random blocks; a block ends by chance or with the stream it was cut from."""
     pooled = np.concatenate(streams)
     is_last = np.zeros(len(pooled), dtype=bool)
     is_last[np.cumsum([len(stream) for stream in streams]) - 1] = True
-    simulated = np.empty((num_paths, num_steps))
+    simulated = np.empty((num_paths, num_steps), dtype=np.float32)
     position = generator.integers(len(pooled), size=num_paths)
     for step in range(num_steps):
         simulated[:, step] = pooled[position]
@@ -170,25 +173,27 @@ def _bootstrap(
     return simulated
 
 
-def _thresholds(simulated: NDArray[np.float64], drift: float) -> list[float]:
-    """The threshold for every ARL of the grid: tokens run through, per path that passed it, up to the passage."""
-    walk = np.cumsum(simulated - drift, axis=1)
-    # Page's statistic, and its running maximum: a path passes h when the maximum first reaches it.
-    peak = np.maximum.accumulate(walk - np.minimum(np.minimum.accumulate(walk, axis=1), 0.0), axis=1)
-    # A step is run through under the threshold h if the maximum before it is below h; a first step always is.
-    before = np.sort(peak[:, :-1], axis=None)
-    last = np.sort(peak[:, -1])
+def _thresholds(simulated: NDArray[np.float32], drift: float) -> list[float]:
+    """The threshold for every ARL of the grid: tokens per alarm, the statistic starting anew after each.
 
-    def run_length(threshold: float) -> float:
-        tokens = len(peak) + int(np.searchsorted(before, threshold))
-        passed = len(last) - int(np.searchsorted(last, threshold))
-        return tokens / passed if passed else math.inf
-
-    found = []
-    for wanted in _ARL_GRID:
-        low, high = 0.0, float(last[-1])
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (low, middle) if run_length(middle) >= wanted else (middle, high)
-        found.append(high)
-    return found
+    Counted over all alarms and not up to the first: what raised one alarm often lasts and raises the next.
+    """
+    walk = np.cumsum(simulated - drift, axis=1, dtype=np.float64)
+    highest = float((walk - np.minimum(np.minimum.accumulate(walk, axis=1), 0.0)).max())
+    candidates_H = np.geomspace(_LOWEST_THRESHOLD, highest, _NUM_CANDIDATES)
+    statistic_PH = np.zeros((len(simulated), _NUM_CANDIDATES), dtype=np.float32)
+    limits_H = candidates_H.astype(np.float32)
+    alarmed_PH = np.empty(statistic_PH.shape, dtype=bool)
+    num_alarms_PH = np.zeros(statistic_PH.shape, dtype=np.int16)
+    for step_P in np.ascontiguousarray(simulated.T) - np.float32(drift):
+        statistic_PH += step_P[:, None]
+        np.maximum(statistic_PH, 0.0, out=statistic_PH)
+        np.greater_equal(statistic_PH, limits_H, out=alarmed_PH)
+        num_alarms_PH += alarmed_PH
+        np.copyto(statistic_PH, 0.0, where=alarmed_PH)
+    num_alarms_H = num_alarms_PH.sum(axis=0, dtype=np.int64)
+    known = num_alarms_H > 0
+    # A higher threshold alarms less often; the simulation's own scatter must not say otherwise.
+    run_length_H = np.maximum.accumulate(simulated.size / num_alarms_H[known])
+    found = np.interp(np.log(_ARL_GRID), np.log(run_length_H), candidates_H[known])
+    return [float(threshold) for threshold in found]
