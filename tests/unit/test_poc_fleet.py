@@ -117,6 +117,27 @@ def test_a_late_echo_of_an_earlier_phase_changes_nothing() -> None:
     worker.set_phase(Phase.STOP, 7)
 
 
+def test_chunks_of_several_keys_get_their_own_distances() -> None:
+    engine = CountingEngine()
+    worker = GroupWorker(make_run(), GroupPlace(0, 1), Phase.IDLE, 1, lambda: engine)
+    worker.start()
+    chunks = [
+        CheckChunk(1, "a", (3, 4)),
+        CheckChunk(2, "a", (5,)),
+        CheckChunk(3, "b", (6, 7)),
+        CheckChunk(4, "a", (8,)),
+    ]
+    worker.check(chunks)
+    with pytest.raises(BusyError, match="4 chunks waiting"):
+        worker.check([CheckChunk(5, "a", (9,))])
+    assert worker.collect(0).num_waiting == 4
+    worker.set_phase(Phase.VALIDATE, 2)
+    wait_for(lambda: len(engine.seen) == 6)
+    worker.set_phase(Phase.STOP, 3)
+    found = {checked.chunk_id: checked.dist for checked in worker.collect(0).checked}
+    assert found == {chunk.chunk_id: tuple(map(distance_of, chunk.nonces)) for chunk in chunks}
+
+
 def test_a_worker_tells_why_it_cannot_load() -> None:
     def broken() -> CountingEngine:
         raise UnavailableError("no such device.")

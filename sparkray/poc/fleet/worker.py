@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -186,8 +187,13 @@ class GroupWorker:
                 self._changed.wait_for(lambda: bool(self._waiting) or self._is_over())
                 if self._is_over():
                     return
-                chunk = self._waiting.popleft()
-            dist = engine.distances(chunk.public_key, chunk.nonces)
+                # Those of one key go in one stream, so that inputs of the next are made during this one.
+                chunks = [self._waiting.popleft()]
+                while self._waiting and self._waiting[0].public_key == chunks[0].public_key:
+                    chunks.append(self._waiting.popleft())
+            nonces = [nonce for chunk in chunks for nonce in chunk.nonces]
+            dist = iter(engine.distances(chunks[0].public_key, nonces).tolist())
             with self._changed:
-                self._checked[chunk.chunk_id] = CheckedChunk(chunk.chunk_id, tuple(dist.tolist()))
-                self._num_computed += len(chunk.nonces)
+                for chunk in chunks:
+                    self._checked[chunk.chunk_id] = CheckedChunk(chunk.chunk_id, tuple(islice(dist, len(chunk.nonces))))
+                self._num_computed += len(nonces)
