@@ -110,7 +110,7 @@ def crowd(prompt_ids: Sequence[int], label: str, *, with_logits: bool) -> list[C
             **SAMPLING[number % len(SAMPLING)],
             extra_args=xargs,
             max_tokens=10 if hands_out_logits else 20 + number,
-            ignore_eos=number % 4 != 0,
+            ignore_eos=leaves or aborts or number % 4 != 0,
             logprobs=-1 if hands_out_logits else None,
             flat_logprobs=hands_out_logits,
             output_kind=RequestOutputKind.DELTA if leaves or aborts else kind,
@@ -259,21 +259,14 @@ def check_counts(live: LiveEngine, cases: Sequence[Case]) -> None:
             continue
         tokens_TF = recorded(live, case)
         entropies = tokens_TF[:, COLUMN["entropy"]]
-        np.testing.assert_allclose(tokens_TF[:, COLUMN["z"]], own_z(entropies), atol=2e-3, err_msg=case.name)
+        np.testing.assert_allclose(tokens_TF[:, COLUMN["z"]], own_z(entropies), rtol=0, atol=2e-3, err_msg=case.name)
     boosted = [case for case in cases if case.watched and recorded(live, case)[:, COLUMN["boosted"]].any()]
     # The careful kind waits for the end of a sentence, which may not come.
     assert "published" in {case.params.extra_args["metis_boost"] for case in boosted}
 
 
-def differences(live: LiveEngine, cases: Sequence[Case], reference: Reference) -> dict[str, DoubleArray]:
-    """What was recorded less what the reference says, token by token, for each watched request."""
-    found = {}
-    for case in cases:
-        if case.watched:
-            entropies = recorded(live, case)[:, COLUMN["entropy"]].astype(np.float64)
-            found[case.name] = entropies - entropy_bits(reference.logits(case))
-    assert len(found) == 20
-    return found
+def recorded_entropies(live: LiveEngine, cases: Sequence[Case]) -> list[DoubleArray]:
+    return [recorded(live, case)[:, COLUMN["entropy"]].astype(np.float64) for case in cases]
 
 
 def test_float32_traces_equal_a_float64_recomputation(
@@ -282,12 +275,16 @@ def test_float32_traces_equal_a_float64_recomputation(
     with live_engine(embedded_path, "float32", enable_prefix_caching=False) as live:
         cases = served(live, crowd(prompt_ids, "float32", with_logits=False))
         check_counts(live, cases)
-        for name, difference_T in differences(live, cases, float64_model).items():
-            assert np.abs(difference_T).max() <= FLOAT32_BITS, name
-        for case in cases:
-            if case.watched:
-                top_T = float64_model.logits(case).softmax(-1).amax(-1).numpy()
-                np.testing.assert_allclose(recorded(live, case)[:, COLUMN["max_prob"]], top_T, atol=1e-4)
+        watched = [case for case in cases if case.watched]
+        assert len(watched) == 20
+        for case in watched:
+            logits_TV = float64_model.logits(case)
+            tokens_TF = recorded(live, case)
+            entropies_T, top_T = entropy_bits(logits_TV), logits_TV.softmax(-1).amax(-1).numpy()
+            np.testing.assert_allclose(
+                tokens_TF[:, COLUMN["entropy"]], entropies_T, rtol=0, atol=FLOAT32_BITS, err_msg=case.name
+            )
+            np.testing.assert_allclose(tokens_TF[:, COLUMN["max_prob"]], top_T, rtol=0, atol=1e-4)
 
 
 def test_bfloat16_every_token_is_counted_once(engine: LiveEngine, bfloat16_crowd: list[Case]) -> None:
@@ -302,7 +299,7 @@ def test_bfloat16_traces_equal_float64_arithmetic_on_the_logits_sampled_from(
         if case.watched and case.logprobs_TV:
             expected_T = entropy_bits(torch.from_numpy(np.stack(case.logprobs_TV)))
             entropies_T = recorded(engine, case)[:, COLUMN["entropy"]]
-            np.testing.assert_allclose(entropies_T, expected_T, atol=BFLOAT16_BITS, err_msg=case.name)
+            np.testing.assert_allclose(entropies_T, expected_T, rtol=0, atol=BFLOAT16_BITS, err_msg=case.name)
             num_tokens += len(expected_T)
     assert num_tokens == 30
 
@@ -310,16 +307,16 @@ def test_bfloat16_traces_equal_float64_arithmetic_on_the_logits_sampled_from(
 def test_bfloat16_differs_from_float64_by_no_more_than_the_rounding_of_the_model(
     engine: LiveEngine, bfloat16_crowd: list[Case], float64_model: Reference, embedded_path: str
 ) -> None:
-    by_case = differences(engine, bfloat16_crowd, float64_model)
-    ours = np.concatenate(list(by_case.values()))
+    watched = [case for case in bfloat16_crowd if case.watched]
+    assert len(watched) == 20
     bfloat16_model = load(embedded_path, torch.bfloat16)
-    theirs = np.concatenate(
-        [
-            entropy_bits(bfloat16_model.logits(case)) - entropy_bits(float64_model.logits(case))
-            for case in bfloat16_crowd
-            if case.name in by_case
-        ]
-    )
+    exact = np.concatenate([entropy_bits(float64_model.logits(case)) for case in watched])
+    ours = np.concatenate(recorded_entropies(engine, watched)) - exact
+    theirs = np.concatenate([entropy_bits(bfloat16_model.logits(case)) for case in watched]) - exact
+    for name, off in (("engine", ours), ("transformers", theirs)):
+        sizes = np.abs(off)
+        print(f"{name}: {len(off)} tokens, off by {off.mean():.4f} bits in the mean,", end=" ")
+        print(f"{np.median(sizes):.4f} in the median, {sizes.max():.3f} at most")
     assert abs(ours.mean()) <= BFLOAT16_BITS
     assert np.median(np.abs(ours)) <= 1.25 * np.median(np.abs(theirs))
     assert np.sqrt((ours**2).mean()) <= 1.5 * np.sqrt((theirs**2).mean())
