@@ -183,6 +183,49 @@ def evaluate(
         typer.echo(comparison_table(compared))
 
 
+@app.command()
+def replay(
+    recording: _Recording,
+    out: Annotated[Path, typer.Option(help="File to write the events to, for the page.")],
+    task: Annotated[str, typer.Option(help="Task of the question.")] = "products",
+    index: Annotated[int, typer.Option(min=0, help="Its number among the held-out questions of the task.")] = 0,
+    policy: Annotated[str, typer.Option(help="As of a search.")] = "deepconf_online",
+    model: Annotated[str, typer.Option(help="Whose tokenizer turns tokens into text.")] = "embedded",
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    json: JsonFlag = False,
+) -> None:
+    """Search among the recorded paths of one question, and keep what happens, for eyes."""
+    from sparkray.cli.search_lanes import SearchLanes
+    from sparkray.config.search import SearchConfig
+    from sparkray.errors import NotFoundError
+    from sparkray.search.create import create_policy, open_profile
+    from sparkray.search.events import event_to_dict
+    from sparkray.search.recording import read_recording
+    from sparkray.search.replay_events import replay_events
+    from sparkray.search.replay_file import write_replay
+    from sparkray.search.tasks import answer_kinds
+    from sparkray.search.tokens import decoder
+    from sparkray.telemetry.console import print_json, stderr_console
+
+    settings = read_settings(SearchConfig, config, overrides, {"policy": policy, "task": task})
+    read = read_recording(recording, answer_kinds())
+    found = [question for question in read.select("held_out", [task]) if question.index == index]
+    if not found:
+        raise NotFoundError(f"the recording has no held-out question {index} of the task {task!r}.", param="index")
+    chosen = create_policy(settings, open_profile(settings, read.info.model))
+    events = [event_to_dict(event) for event in replay_events(chosen, found[0], decoder(model))]
+    report = events[-1]["report"]
+    write_replay(out, report["question"], events)
+    if json:
+        print_json(report)
+        return
+    with SearchLanes(stderr_console()) as lanes:
+        for event in events:
+            lanes.take(event)
+    lanes.finish(report)
+
+
 def _search_on_server(url: str, settings: SearchConfig, question: str, take: Take) -> None:
     from sparkray.serving.client import ChatClient
 

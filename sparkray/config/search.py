@@ -93,8 +93,10 @@ class RecordConfig(Settings):
     """What `sparkray search record` records."""
 
     model: str = Field("embedded", min_length=1)
-    tasks: tuple[str, ...] = Field((), description="Names of tasks; none means all that are packaged.")
-    num_calibration: int = Field(80, ge=0, le=100_000, description="Questions a task in the calibration split.")
+    tasks: tuple[str, ...] = Field(
+        ("chain_sum", "products", "letter_counting", "gcd"), description="Names of tasks; none means all packaged ones."
+    )
+    num_calibration: int = Field(60, ge=0, le=100_000, description="Questions a task in the calibration split.")
     num_held_out: int = Field(50, ge=0, le=100_000, description="Questions a task in the held-out split.")
     num_paths: int = Field(32, ge=1, le=1024)
     temperature: float = Field(0.7, gt=0, le=2)

@@ -7,9 +7,8 @@ recording is put together from these once all are there.
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 
 from sparkray.config.search import RecordConfig
@@ -36,11 +35,12 @@ CHUNK_QUESTIONS = 10
 OnChunk = Callable[[int, int], None]
 """(questions recorded, questions wanted), after every chunk."""
 
-_log = logging.getLogger(__name__)
+Chunk = tuple[Task, str, int, int]
+"""(task, split, first question, number of questions)."""
 
 
 def record(config: RecordConfig, into: FilePath, on_chunk: OnChunk | None = None) -> Recording:
-    """Record what `config` names into the file `into`; chunks that are there already are not recorded again.
+    """Record what `config` names into the file `into`. What the file, or a cut recording beside it, has is kept.
 
     Raises:
         NotFoundError: a task or model that there is not, or fewer different questions than asked for.
@@ -49,6 +49,8 @@ def record(config: RecordConfig, into: FilePath, on_chunk: OnChunk | None = None
     source = resolve_model(config.model)
     chunks = list(_chunks(config))
     folder = into.with_name(f"{into.name}.parts")
+    if into.is_file():
+        _unpack(read_recording(into, answer_kinds()), chunks, folder)
     missing = [chunk for chunk in chunks if not (folder / _file_name(*chunk)).is_file()]
     if missing:
         limits = EngineConfig(
@@ -87,8 +89,8 @@ def record(config: RecordConfig, into: FilePath, on_chunk: OnChunk | None = None
     return whole
 
 
-def _chunks(config: RecordConfig) -> Iterator[tuple[Task, str, int, int]]:
-    """(task, split, first question, number of questions): rounds in which every task and split has its turn."""
+def _chunks(config: RecordConfig) -> Iterator[Chunk]:
+    """Rounds in which every task and split has its turn."""
     tasks = [find_task(name) for name in config.tasks] if config.tasks else list(TASKS)
     wanted = {"calibration": config.num_calibration, "held_out": config.num_held_out}
     for first in range(0, max(wanted.values()), CHUNK_QUESTIONS):
@@ -96,6 +98,16 @@ def _chunks(config: RecordConfig) -> Iterator[tuple[Task, str, int, int]]:
             if first < count:
                 for task in tasks:
                     yield task, split, first, min(CHUNK_QUESTIONS, count - first)
+
+
+def _unpack(recording: Recording, chunks: Sequence[Chunk], folder: FilePath) -> None:
+    """Write the chunks that a recording has whole as files of their own."""
+    for task, split, first, count in chunks:
+        target = folder / _file_name(task, split, first, count)
+        wanted = range(first, first + count)
+        found = [question for question in recording.select(split, [task.name]) if question.index in wanted]
+        if len(found) == count and not target.is_file():
+            write_recording(target, recording.info, found)
 
 
 def _file_name(task: Task, split: str, first: int, count: int) -> str:

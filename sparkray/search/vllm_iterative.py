@@ -112,7 +112,7 @@ class IterativeSearch:
 
     def _keep(self, search: LiveSearch, first: int, num_waves: int) -> None:
         for lane in search.lanes:
-            self._token_ids[first + lane.index] = search.token_ids[lane.index]
+            self._token_ids[first + lane.index] = search.token_ids.get(lane.index, ())
             self.lanes.append(replace(lane, index=first + lane.index, wave=num_waves + lane.wave))
 
 
