@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Prefill here, decode there: decode, ask, verify, bench, plan.")
 
-PeerAddress = Annotated[str, typer.Option("--peer", help="Decode peer, as mac.local:7070.")]
+PeerAddress = Annotated[
+    str, typer.Option("--peer", help="Decode peer, as mac.local:7070; or a server, as http://mac:11434/v1.")
+]
 SecretFile = Annotated[Path | None, typer.Option(help="File with the secret that both sides share.")]
 Model = Annotated[str | None, typer.Option(help="`embedded`, a directory, a GGUF file or a hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
@@ -93,7 +96,10 @@ def ask(
     overrides: Overrides = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Read a prompt here with vLLM and have it answered by a decode peer."""
+    """Read a prompt here with vLLM and have it answered by a decode peer, or send it as text to a server's URL."""
+    if peer.startswith(("http://", "https://")):
+        _print(asyncio.run(_ask_plainly(peer, prompt, model or "default", max_tokens)), json_output)
+        return
     settings = _prefill_settings(config, overrides, model=model, dtype=dtype, codec=codec)
     target = _peer(peer, secret_file, settings)
     from sparkray.handoff.text import TextCodec
@@ -188,7 +194,14 @@ def verify(
             from sparkray.handoff.verify import verify as compare
 
             prompts = prompts_of(prefiller.folder, prefiller.vocabulary, wanted)
-            return await compare(prefiller, peers, prompts, max_tokens, exact=exact)
+
+            def tell(name: str, row: Mapping[str, Any]) -> None:
+                line = (
+                    f"{name}: {row['prompt_tokens']} tokens read, {row['matched']}/{max_tokens} equal, {row['verdict']}"
+                )
+                typer.echo(line, err=True)
+
+            return await compare(prefiller, peers, prompts, max_tokens, exact=exact, on_row=tell)
 
         report = _with_prefill(settings, run)
     _print({**report, "model": settings.model, "dtype": settings.dtype, "codec": settings.codec}, json_output)
@@ -228,6 +241,8 @@ def _with_prefill(settings: PrefillConfig, run: Any) -> dict[str, Any]:
     """Start the prefill engine, run, and end it whatever happened."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # One machine, one process group: no address of the outside is needed, and a namespace may have none.
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     from sparkray.handoff.vllm_prefill import PrefillEngine
 
     async def whole() -> dict[str, Any]:
@@ -239,6 +254,14 @@ def _with_prefill(settings: PrefillConfig, run: Any) -> dict[str, Any]:
         return result
 
     return asyncio.run(whole())
+
+
+async def _ask_plainly(url: str, prompt: str, model: str, max_tokens: int) -> dict[str, Any]:
+    from sparkray.handoff.plain_route import REASON, plain_answer
+
+    pieces = plain_answer(url, [{"role": "user", "content": prompt}], model=model, max_tokens=max_tokens)
+    text = "".join([piece async for piece in pieces])
+    return {"text": text, "handoff": "local", "reason": REASON}
 
 
 def _start_peers(stack: ExitStack, decodes: list[DecodeConfig], network: str) -> tuple[list[str], dict[str, str]]:

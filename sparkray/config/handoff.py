@@ -13,7 +13,7 @@ from sparkray.config.base import Settings
 
 CodecName = Literal["raw", "int8", "k4v4", "lossless"]
 KvDtypeName = Literal["float32", "float16", "bfloat16"]
-EngineName = Literal["mlx", "llamacpp", "openai"]
+EngineName = Literal["mlx", "llamacpp"]
 RouteName = Literal["handoff", "prefill_node", "decode_node"]
 
 MIB = 1 << 20
@@ -55,8 +55,8 @@ class TlsConfig(Settings):
 class DecodeConfig(Settings):
     """The decode side: one engine that accepts rows and continues."""
 
-    engine: EngineName = Field("mlx", description="`mlx`, `llamacpp`, or `openai` (any server, no KV).")
-    model: str = Field("embedded", description="`embedded`, a directory, a GGUF file, or a server's model name.")
+    engine: EngineName = Field("mlx", description="`mlx` or `llamacpp`.")
+    model: str = Field("embedded", description="`embedded`, a directory, or a GGUF file.")
     lineage: str | None = Field(None, description="Name of the base checkpoint, where weights cannot tell it.")
     dtype: KvDtypeName = Field("float32", description="Type of weights and cache where the engine leaves a choice.")
     kv_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field("f32", description="llama.cpp: type of the cache.")
@@ -70,15 +70,8 @@ class DecodeConfig(Settings):
     tls: TlsConfig | None = Field(None, description="Certificates; needed beyond loopback unless insecure is set.")
     insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
     require_pairing: bool = Field(True, description="Refuse rows of a prefill side whose canary has not passed.")
-    server_url: str | None = Field(None, description="`openai`: base URL of the server, as http://mac:11434/v1.")
     limits: WireLimits = Field(WireLimits(), description="What a peer may make this process hold.")
     link: LinkConfig = Field(LinkConfig(), description="Time limits and buffers of a connection.")
-
-    @model_validator(mode="after")
-    def _server_goes_with_openai(self) -> Self:
-        if (self.engine == "openai") != (self.server_url is not None):
-            raise ValueError("engine='openai' needs a server_url, and the other engines take none")
-        return self
 
     @model_validator(mode="after")
     def _beyond_loopback_is_safe(self) -> Self:

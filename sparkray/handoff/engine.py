@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from sparkray.config.handoff import DecodeConfig
-from sparkray.errors import InternalError, UsageError
+from sparkray.errors import InternalError
 from sparkray.handoff.fingerprint import ModelIdentity
 from sparkray.handoff.rope import Frequencies
 from sparkray.handoff.rows import Floats, KvRows
@@ -65,17 +65,14 @@ def create_engine(config: DecodeConfig) -> DecodeEngine:
     Raises:
         MissingExtraError: its package is not installed.
         NotFoundError: the model is not there.
-        UsageError: `openai`, which has no rows: prompts go there as text (`plain_route.py`).
     """
     if config.engine == "mlx":
         from sparkray.handoff.mlx_engine import MlxEngine
 
         return MlxEngine(config)
-    if config.engine == "llamacpp":
-        from sparkray.handoff.llamacpp_engine import LlamaCppEngine
+    from sparkray.handoff.llamacpp_engine import LlamaCppEngine
 
-        return LlamaCppEngine(config)
-    raise UsageError("engine 'openai' takes text, not rows; only 'mlx' and 'llamacpp' listen for a handoff.")
+    return LlamaCppEngine(config)
 
 
 def reconcile_frequencies(stated: Frequencies, measured: Frequencies) -> Frequencies:

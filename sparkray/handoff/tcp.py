@@ -6,11 +6,13 @@ arrays' memory to the kernel. Every wait has a limit.
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from os.path import expanduser
 from typing import Self
 
 from sparkray.config.handoff import LinkConfig, TlsConfig, WireLimits
@@ -86,11 +88,12 @@ class Connection:
 
     def is_readable(self, timeout_seconds: float) -> bool:
         """Whether something has come, or the peer has gone."""
-        import select
-
         if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
             return True
-        return bool(select.select([self._socket], [], [], timeout_seconds)[0])
+        # poll and not select, which knows descriptors below 1024 alone.
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(1000 * timeout_seconds))
 
     def refuse(self, failure: ProtocolError) -> None:
         """Tell the peer why, as far as it still listens, and close."""
@@ -201,8 +204,9 @@ def tls_context(tls: TlsConfig, *, server: bool) -> ssl.SSLContext:
         context.num_tickets = 0
     context.verify_mode = ssl.CERT_REQUIRED
     try:
-        context.load_cert_chain(tls.certificate, tls.private_key)
-        context.load_verify_locations(tls.authority)
+        certificate, key, authority = map(expanduser, (tls.certificate, tls.private_key, tls.authority))
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(authority)
     except (OSError, ssl.SSLError) as failure:
         raise UsageError(
             f"the TLS files {tls.certificate}, {tls.private_key}, {tls.authority} do not load: {failure}."

@@ -8,7 +8,7 @@ prefill are reported instead.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparkray.handoff.client import Peer
@@ -27,6 +27,7 @@ async def verify(
     *,
     exact: bool,
     timeout_seconds: float = 300.0,
+    on_row: Callable[[str, Mapping[str, Any]], None] = lambda name, row: None,
 ) -> dict[str, Any]:
     """Run every prompt alone and over each peer.
 
@@ -37,6 +38,7 @@ async def verify(
         max_tokens: of each answer.
         exact: whether tokens must be equal; else peers are also compared with their own prefill.
         timeout_seconds: longest silence of a peer.
+        on_row: told of each prompt as it is done, with the peer's name.
 
     Returns:
         The report; `ok` says whether everything came over the wire (`full`) and, where exact, agreed.
@@ -58,6 +60,7 @@ async def verify(
                     row |= await _divergence(prefiller, peer, prompt, timeout_seconds)
             row.pop("tokens", None)
             rows.append(row)
+            on_row(name, row)
         matched = sum(row["matched"] for row in rows)
         engines[name] = {
             "token_match": matched / sum(map(len, alone)),
