@@ -107,7 +107,7 @@ class WatchedStageUDF(vLLMEngineStageUDF):
             "text": answer["generated_text"],
             "token_ids": np.asarray(entry.token_ids, dtype=np.int32).tobytes(),
             "tokens": tokens_TF.astype(np.float32).tobytes(),
-            "finish_reason": entry.finish_reason or "",
+            "finish_reason": entry.finish_reason,
             "num_prompt_tokens": entry.num_prompt_tokens,
             "error": "",
         }

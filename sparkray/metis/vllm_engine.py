@@ -219,6 +219,8 @@ class WatchedEngine:
                     if output.finished:
                         reason = output.outputs[0].finish_reason or "stop"
                         await self._last_record(entry, slot)
+                        # Now, because whoever has the last output may not come back for the end.
+                        entry.finish(reason)
                     yield output
         except (asyncio.CancelledError, GeneratorExit):
             reason = "abort" if reason == "error" else reason
