@@ -75,7 +75,7 @@ class Policy:
                 continue
             value = _whole(parameter).detach().float()
             if kind == "weight" and owner in changed:
-                value = value + named[owner].get_delta_weight("default").detach().float()
+                value = value + _whole(named[owner].get_delta_weight("default")).detach().float()
             yield f"{owner.removeprefix(_ADAPTER_PREFIX)}.{kind}", value.to(dtype)
 
     def adapter_weights(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sparkray.config.grpo import GrpoConfig
-from sparkray.errors import SparkrayError, UnavailableError, UsageError, WaitTimeoutError
+from sparkray.errors import SparkrayError, UnavailableError, WaitTimeoutError
 from sparkray.grpo.actors import start_engines
 from sparkray.grpo.checkpoint import check_same_run, export_model, newest_checkpoint
 from sparkray.grpo.curves import entropy_collapse, write_report
@@ -27,6 +27,7 @@ from sparkray.grpo.data import encode_rows, num_steps, read_rows
 from sparkray.grpo.metrics_log import read_log
 from sparkray.grpo.ray_dpo import dpo_run
 from sparkray.grpo.rewards import RewardScorer
+from sparkray.grpo.run_folder import lasting_folder, with_own_data
 from sparkray.grpo.train_loop import train_loop
 from sparkray.models import prepare_model
 
@@ -72,10 +73,8 @@ def train_run(
         UnavailableError: the cluster has not what the run needs, or something died too often.
         WaitTimeoutError: the engines were not ready in time.
     """
-    run_dir = Path(config.output_dir).expanduser().absolute() / config.run_name
-    config = config.model_copy(update={"dataset": str(Path(config.dataset).expanduser().absolute())})
-    if config.eval_dataset:
-        config = config.model_copy(update={"eval_dataset": str(Path(config.eval_dataset).expanduser().absolute())})
+    run_dir = lasting_folder(config.output_dir) / config.run_name
+    config = with_own_data(config, run_dir)
     model_path, total = _check(config, run_dir)
     on_cpu = _on_cpu(config)
     held = nullcontext(engines) if engines is not None else rollout_engines(config, engine_arguments)
@@ -184,7 +183,7 @@ def _finish(config: GrpoConfig, run_dir: Path, model_path: Path, total: int) -> 
     rows = read_log(run_dir)
     checkpoint = newest_checkpoint(run_dir)
     if not rows or checkpoint is None:
-        raise UsageError(f"{run_dir} holds no finished step.", param="output_dir")
+        raise UnavailableError(f"{run_dir} holds no finished step.")
     final = run_dir / FINAL_NAME
     if config.method != "qlora" and not final.exists():
         export_model(model_path, checkpoint, final)

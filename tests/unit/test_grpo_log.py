@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from sparkray.cli.main import app
 from sparkray.config.base import load_settings
 from sparkray.config.grpo import GrpoConfig
+from sparkray.errors import NotFoundError, UsageError
 from sparkray.grpo.curves import entropy_collapse, write_report
 from sparkray.grpo.metrics_log import MetricsLog, means, read_log, reward_matrix, reward_sums
 from sparkray.grpo.progress import step_line
 from sparkray.grpo.rewards import Score
 from sparkray.grpo.rollouts import Rollout, RolloutGroup
+from sparkray.grpo.run_folder import lasting_folder, with_own_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,3 +98,26 @@ def test_the_report_is_one_page(tmp_path: Path) -> None:
 def test_a_step_as_a_line() -> None:
     row = {"step": 4, "reward": 0.5, "gap_max": 2e-6, "eval_reward": None, "canary_alarm": "it grew"}
     assert step_line(row, 40) == "step 5/40  reward 0.500  gap 2.0e-06  ALARM: it grew"
+
+
+def test_a_run_keeps_to_the_rows_it_began_with(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    config = GrpoConfig(dataset=str(source), output_dir="o")
+    own = Path(with_own_data(config, tmp_path / "run").dataset)
+    assert own.read_text() == source.read_text() and (tmp_path / "run") in own.parents
+    assert with_own_data(config, tmp_path / "run").dataset == str(own)
+    source.write_text('{"prompt": "b"}\n')
+    with pytest.raises(UsageError, match="run on other rows"):
+        with_own_data(config, tmp_path / "run")
+    with pytest.raises(NotFoundError, match="no such file"):
+        with_own_data(GrpoConfig(dataset=str(tmp_path / "none.jsonl"), output_dir="o"), tmp_path / "other")
+
+
+def test_a_folder_that_ray_deletes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    unpacked.mkdir(parents=True)
+    monkeypatch.chdir(unpacked)
+    with pytest.raises(UsageError, match="Ray deletes"):
+        lasting_folder("runs")
+    assert lasting_folder(str(tmp_path)) == tmp_path
