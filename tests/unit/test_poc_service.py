@@ -138,6 +138,19 @@ def test_init_with_another_block_during_generate_starts_anew_and_loses_nothing(s
     assert len(again) == len(set(again)) > len(first)
 
 
+def test_a_wish_that_comes_back_while_another_one_loads_is_fulfilled(service: Service) -> None:
+    service.post("/pow/init/generate", INIT)
+    service.wait_state("GENERATING")
+    service.load.clear()
+    service.post("/pow/init/generate", {**INIT, "block_hash": "0x2"})
+    wait_for(lambda: service.status()["status"] == "LOADING" and not service.status()["progress"].get("num_groups"))
+    service.post("/pow/init/generate", INIT)
+    service.load.set()
+    service.wait_state("GENERATING")
+    assert service.fleets[-1].controller.run.block_hash == "0x1"
+    wait_for(lambda: service.fleets[-1].controller.monitor.num_total > 20)
+
+
 @pytest.mark.parametrize(
     ("path", "changes", "expected"),
     [
@@ -252,6 +265,32 @@ def test_a_new_process_goes_on_with_what_was_wanted(tmp_path: Path) -> None:
     assert len(received) == len(set(received)) > before
     assert sorted(received) == sorted(of_cursors(first.fleets[0].path, first.fleets[0].controller.run))
     second.close()
+
+
+def test_a_fleet_that_cannot_start_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(tmp_path)
+    start, tries = service._start, []
+
+    def fail_twice(run: Run, ledger: Ledger) -> FleetRunner:
+        tries.append(run)
+        if len(tries) == 1:
+            raise UnavailableError("no device is large enough.")
+        if len(tries) == 2:
+            raise RuntimeError("the cluster is restarting")
+        return start(run, ledger)
+
+    monkeypatch.setattr(service.manager, "_start_fleet", fail_twice)
+    failures: set[str] = set()
+    service.post("/pow/init", INIT)
+
+    def is_idle() -> bool:
+        status = service.status()
+        failures.add(status["progress"].get("failure", ""))
+        return bool(status["status"] == "IDLE")
+
+    wait_for(is_idle)
+    assert {"no device is large enough.", "RuntimeError: the cluster is restarting"} <= failures
+    service.close()
 
 
 def test_token_and_signature_are_asked_for_where_they_are_set(tmp_path: Path) -> None:

@@ -268,15 +268,14 @@ class Controller:
                 self.monitor.add(len(part.nonces), part.stop - part.start)
 
     def _answer(self, now: float) -> None:
-        for receipt, body in self.desk.answers(now):
-            if self.ledger.num_unsent() >= self.limits.max_unsent:
-                return  # they stay open, and new ones are refused when too many are
-            try:
+        try:
+            for receipt, body in self.desk.answers(now):
+                if self.ledger.num_unsent() >= self.limits.max_unsent:
+                    return  # they stay open, and new ones are refused when too many are
                 self.ledger.enqueue(receipt.key, f"{self.run.url}/validated", body)
-            except UnavailableError as failure:
-                self.ledger_error = str(failure)
-                return
-            self.desk.close(receipt)
+                self.desk.close(receipt)
+        except UnavailableError as failure:
+            self.ledger_error = str(failure)
 
     def _seat_worker(self, seat: Seat, now: float) -> None:
         if seat.handle is not None or self.phase is Phase.STOP or now < seat.restart_at:

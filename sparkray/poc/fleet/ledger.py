@@ -93,10 +93,7 @@ class Ledger:
         Where the series was shared by another number of groups before, all start behind the last nonce of theirs:
         some nonces stay uncomputed, none is computed twice.
         """
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT group_id, num_groups, cursor FROM cursors WHERE series = ?", (series,)
-            ).fetchall()
+        rows = self._read("SELECT group_id, num_groups, cursor FROM cursors WHERE series = ?", series)
         return resume_cursors(rows, num_groups)
 
     def commit(self, run: Run, num_groups: int, parts: Sequence[GeneratedPart]) -> dict[int, int]:
@@ -143,19 +140,19 @@ class Ledger:
 
     def recall(self, name: str) -> dict[str, Any] | None:
         """The note of that name."""
-        with self._lock:
-            row = self._db.execute("SELECT body FROM notes WHERE name = ?", (name,)).fetchone()
-        return None if row is None else dict(json.loads(row[0]))
+        rows = self._read("SELECT body FROM notes WHERE name = ?", name)
+        return dict(json.loads(rows[0][0])) if rows else None
 
     def due(self, now: float, limit: int, except_urls: Sequence[str] = ()) -> list[Delivery]:
         """Callbacks to try now, the oldest first; none to the addresses of `except_urls`."""
         marks = ", ".join("?" * len(except_urls))
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT sequence, key, url, body, attempts FROM outbox WHERE sent = 0 AND due <= ?"
-                f" AND url NOT IN ({marks}) ORDER BY sequence LIMIT ?",
-                (now, *except_urls, limit),
-            ).fetchall()
+        rows = self._read(
+            "SELECT sequence, key, url, body, attempts FROM outbox WHERE sent = 0 AND due <= ?"
+            f" AND url NOT IN ({marks}) ORDER BY sequence LIMIT ?",
+            now,
+            *except_urls,
+            limit,
+        )
         return [Delivery(*row) for row in rows]
 
     def mark_sent(self, delivery: Delivery) -> None:
@@ -174,13 +171,18 @@ class Ledger:
 
     def attempts(self) -> int:
         """Attempts so far of the callbacks that are not confirmed."""
-        with self._lock:
-            return int(self._db.execute("SELECT TOTAL(attempts) FROM outbox WHERE sent = 0").fetchone()[0])
+        return int(self._read("SELECT TOTAL(attempts) FROM outbox WHERE sent = 0")[0][0])
 
     def num_unsent(self) -> int:
         """Callbacks that are not confirmed."""
-        with self._lock:
-            return int(self._db.execute("SELECT COUNT(*) FROM outbox WHERE sent = 0").fetchone()[0])
+        return int(self._read("SELECT COUNT(*) FROM outbox WHERE sent = 0")[0][0])
+
+    def _read(self, query: str, *values: object) -> list[Any]:
+        try:
+            with self._lock:
+                return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as failure:
+            raise UnavailableError(f"the ledger {self._path} cannot be read: {failure}.") from failure
 
 
 class _Transaction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from sparkray.poc.fleet.barrier import Barrier
 from sparkray.poc.fleet.controller import Controller
 from sparkray.poc.phases import Phase
 from sparkray.poc.proofs import ProofBatch
+
+_log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_SECONDS = 60.0
 _TICK_SECONDS = 0.1
@@ -95,9 +98,12 @@ class FleetRunner:
 
     def _turn(self) -> None:
         while not self._ended.is_set():
-            with self._lock:
-                self.controller.tick(time.monotonic())
-            self._show()
+            try:
+                with self._lock:
+                    self.controller.tick(time.monotonic())
+                self._show()
+            except Exception:  # the top of this thread: without it nothing would be recorded any more
+                _log.exception("a look at the groups failed; the next one is tried")
             self._wake.wait(_TICK_SECONDS)
             self._wake.clear()
 

@@ -7,6 +7,7 @@ goes on where the old one was.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from sparkray.poc.fleet.runner import FleetRunner
 from sparkray.poc.phases import Phase, pow_state
 from sparkray.poc.proofs import ProofBatch
 from sparkray.poc.service.bodies import InitRequest
+
+_log = logging.getLogger(__name__)
 
 _WANTED = "wanted"
 _RECONCILE_SECONDS = 0.2
@@ -173,6 +176,9 @@ class PocManager:
                 if self._settled == self._wanted and not self._closed:
                     self._changed.wait()
                 wanted, closed = self._wanted, self._closed
+                if self._settled != wanted:
+                    # From the first step on the earlier wish does not hold any more, even if it comes back.
+                    self._settled = None
             if closed:
                 self._end_fleet()
                 return
@@ -181,6 +187,9 @@ class PocManager:
                 failure = None
             except SparkrayError as problem:
                 done, failure = False, str(problem)
+            except Exception as problem:  # the top of this thread: status tells it, and the next step is tried
+                _log.exception("the fleet could not be brought to what was asked for")
+                done, failure = False, f"{type(problem).__name__}: {problem}"
             with self._changed:
                 self._failure = failure
                 self._settled = wanted if done else self._settled
@@ -204,9 +213,10 @@ class PocManager:
         with self._fleet.locked():
             if controller.phase is Phase.IDLE and not (controller.all_loaded or self._is_patient_enough(controller)):
                 return False
-            ordered = controller.phase is wanted.phase
-        if not ordered:
-            self._fleet.change_phase(wanted.phase, self._config.phase_timeout_seconds)
+            if controller.phase is wanted.phase:
+                # It began there, or it was ordered before: done when all have followed.
+                return controller.barrier is None or controller.barrier.opened.is_set()
+        self._fleet.change_phase(wanted.phase, self._config.phase_timeout_seconds)
         return True
 
     def _is_patient_enough(self, controller: Controller) -> bool:
