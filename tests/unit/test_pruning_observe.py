@@ -62,6 +62,26 @@ def test_every_field_equals_the_float64_reference(directory: Path, inputs: Path,
     assert_same_fields(observed(directory, inputs, tmp_path / "s", placement="streaming"), expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "changed", "layers"),
+    [
+        ("llama4_text", {"interleave_moe_layer_step": 2, "num_hidden_layers": 4}, ["1", "3"]),
+        ("llama4_text", {"no_rope_layers": [1, 0], "use_qk_norm": True, "attention_chunk_size": 8}, ["0", "1"]),
+        ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_start_index": 1, "moe_layer_end_index": -1}, ["1", "2"]),
+        ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [0]}, ["1"]),
+        ("glm4_moe", {"norm_topk_prob": False, "topk_group": 1}, ["1", "2"]),
+        ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": 12, "n_group": 1}, ["1", "2"]),
+    ],
+)
+def test_shapes_that_a_family_may_take(
+    family: str, changed: dict[str, Any], layers: list[str], inputs: Path, tmp_path: Path
+) -> None:
+    directory = write_tiny(tmp_path / "model", family, **changed)
+    found = observed(directory, inputs, tmp_path, placement="streaming")
+    assert list(found) == layers
+    assert_same_fields(found, reference_saliency(directory, inputs))
+
+
 def test_watching_does_not_change_the_logits(directory: Path, inputs: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids, mask = read_inputs(inputs)

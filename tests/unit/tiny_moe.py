@@ -245,7 +245,7 @@ def _route(config: Any, block: Any, hidden_H: torch.Tensor, gates: str, renormal
                 choice[expert] = -1.0
     chosen = choice.topk(TOP_K).indices.tolist()
     weights = scores[chosen]
-    if family in ("qwen3_moe", "mixtral", "ernie4_5_moe", "glm4_moe"):
+    if family in ("mixtral", "ernie4_5_moe") or (family != "deepseek_v2" and config.norm_topk_prob):
         weights = weights / weights.sum()
     if family in ("glm4_moe", "deepseek_v2"):
         weights = weights * config.routed_scaling_factor
