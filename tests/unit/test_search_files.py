@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from search_paths import INFO, ended, path, toy_questions
 from sparkray.config.search import SearchConfig
 from sparkray.errors import InputError, NotFoundError
 from sparkray.search.answers import Answer
+from sparkray.search.events import PruneEvent
 from sparkray.search.forks import fork_length, survivors
 from sparkray.search.paths import FinishReason, Lane
+from sparkray.search.policies import DeepConfOnline
 from sparkray.search.prompting import BLOCK_TOKENS, prompt_ids, settle
-from sparkray.search.recording import read_recording, write_recording
+from sparkray.search.recording import RecordedQuestion, read_recording, write_recording
+from sparkray.search.replay_events import replay_events
 from sparkray.search.replay_file import read_replay, write_replay
 from sparkray.search.report import build_report
 from sparkray.search.tasks import TASKS, find_task
@@ -67,6 +71,27 @@ def test_kept_events_survive_the_file(tmp_path: Path) -> None:
         read_replay(tmp_path / "search.json")
     with pytest.raises(NotFoundError):
         read_replay(tmp_path / "none.json")
+
+
+def test_a_recorded_question_is_replayed_event_by_event() -> None:
+    found = (path("a", 3, entropy=[1.0, 2.0, 3.0], top_confidence=1.0), path("b", 5, top_confidence=-1.0), path("a", 4))
+    question = RecordedQuestion("toy", "held_out", 0, "Question: why?\nAnswer:", found, (True, False, True))
+    policy = DeepConfOnline(warm_up=1, keep=1.0, window=2, consensus=0.95, wave=2)
+    events = replay_events(policy, question, lambda ids: "".join("xyzuv"[number] for number in ids))
+    report = events[-1].report  # type: ignore[union-attr]
+    # One path agrees with itself: the search is over after the warm-up of one.
+    assert [event.kind for event in events] == ["wave", "tokens", "tokens", "tokens", "vote", "done"]
+    assert [event.text for event in events[1:4]] == ["x", "y", "z"]  # type: ignore[union-attr]
+    assert [event.entropies for event in events[1:4]] == [(1.0,), (2.0,), (3.0,)]  # type: ignore[union-attr]
+    assert (report.question, report.answer, report.closed_by) == ("why?", "a", "consensus")
+    pruning = DeepConfOnline(warm_up=1, keep=1.0, window=2, consensus=1.0, wave=2)
+    found = (path(None, 2), *found[1:])
+    events = replay_events(pruning, replace(question, paths=found), lambda ids: "x" * len(ids))
+    pruned = [event for event in events if isinstance(event, PruneEvent)]
+    # The second path's first whole window is below the warm-up's, which is 0.
+    assert [(event.path, event.num_tokens) for event in pruned] == [(1, 2)]
+    assert events[-1].report.paths[1].text == "xx"  # type: ignore[union-attr]
+    assert events[-1].report.num_tokens == 2 + 2 + 4  # type: ignore[union-attr]
 
 
 class Letters:

@@ -97,8 +97,7 @@ class _OnlineRun(MajorityRun):
 
     def after_step(self, lanes: Sequence[Lane]) -> StepDecision:
         fresh = newly_ended(lanes, self._ended)
-        for lane in fresh:
-            self._confidence[lane.index] = lowest_group_confidence(lane, self._policy.window)
+        self._bring_up_to_date(lanes)
         if self._threshold is None:
             if any(lane.running for lane in lanes):
                 return CONTINUE
@@ -107,11 +106,18 @@ class _OnlineRun(MajorityRun):
         return StepDecision(prune, "consensus" if fresh and self._has_consensus(lanes) else None)
 
     def vote(self, lanes: Sequence[Lane]) -> VoteResult:
+        # A vote may be asked for between the end of a path and the step that decides on it.
+        self._bring_up_to_date(lanes)
         # Warm-up paths below the threshold do not vote either, unless that leaves nobody.
         threshold = -np.inf if self._threshold is None else self._threshold
         kept = [lane for lane in lanes if self._confidence.get(lane.index, -np.inf) >= threshold]
         voters = kept if any(lane.answer for lane in kept) else [lane for lane in lanes if lane.ended_by_itself]
         return vote(voters, weight=lambda lane: self._confidence[lane.index])
+
+    def _bring_up_to_date(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            if lane.ended_by_itself and lane.index not in self._confidence:
+                self._confidence[lane.index] = lowest_group_confidence(lane, self._policy.window)
 
     def _has_consensus(self, lanes: Sequence[Lane]) -> bool:
         result = self.vote(lanes)
