@@ -176,12 +176,21 @@ def infer(
 ) -> None:
     """Continue a text, token by token as it is written; or the likeliest continuations by beam search."""
     from sparkray.distill.alignment.fingerprint import load_tokenizer
-    from sparkray.distill.generate import beam_search, sample_stream
+    from sparkray.distill.generate import beam_search, sample_stream, write_latent
     from sparkray.distill.run import end_token, load_student
+    from sparkray.distill.training.latent_files import is_latent, load_latent
 
-    student, tokenizer = load_student(model), load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     ids, end_id = tokenizer.encode(prompt, add_special_tokens=False).ids, end_token(tokenizer)
     ids = ids or [end_id]
+    if is_latent(model):
+        if beams > 1:
+            raise typer.BadParameter("a latent student has no likelihoods to search with; leave --beams out.")
+        ids = write_latent(load_latent(model), ids, max_tokens, temperature, end_id, seed)
+        text = tokenizer.decode(ids)
+        _print({"text": text, "num_tokens": len(ids)} if json else {"": text}, json)
+        return
+    student = load_student(model)
     if beams > 1:
         found = beam_search(student, ids, max_tokens=max_tokens, num_beams=beams, end_id=end_id)
         texts = [{"text": tokenizer.decode(beam.token_ids), "logprob": beam.logprob} for beam in found]

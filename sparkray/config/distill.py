@@ -146,6 +146,15 @@ class LoraConfig(Settings):
     alpha: float = Field(32.0, gt=0, description="Scale of the adapters, over the rank.")
 
 
+class OnPolicyConfig(Settings):
+    """Learning on the student's own words (GKD, Agarwal et al. 2024); needs the live teacher."""
+
+    share: float = Field(0.0, ge=0, le=1, description="Share of the sequences that the student writes itself.")
+    prompt_tokens: int = Field(32, ge=1, description="Tokens of the data that it goes on from.")
+    new_tokens: int = Field(32, ge=1, description="Tokens that it writes.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Temperature of the student's draws.")
+
+
 class StudentConfig(Settings):
     """The model that learns: a llama from scratch in this shape, or the weights of a folder."""
 
@@ -250,6 +259,7 @@ class DistillConfig(Settings):
     cache: CacheConfig = Field(CacheConfig(), description="Where its answers are kept.")
     store: StoreConfig = Field(StoreConfig(), description="The teacher's rows for the whole corpus.")
     loss: LossConfig = Field(LossConfig(), description="What is learnt from them.")
+    on_policy: OnPolicyConfig = Field(OnPolicyConfig(), description="Learning on the student's own words.")
     student: StudentConfig = Field(StudentConfig(), description="The causal student.")
     autoencoder: AutoencoderConfig = Field(AutoencoderConfig(), description="The latent student's autoencoder.")
     latent: LatentConfig = Field(LatentConfig(), description="The latent student.")

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from sparkray.distill.students.causal import CausalStudent
+from sparkray.distill.students.latent import LatentStudent
+
+# A chunk that is drawn so often among the candidates is as good as certain.
+_MAX_REPEATS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,25 @@ def beam_search(
             return finished
         beams = grown
     return sorted([*finished, *beams], key=lambda beam: -beam.logprob)[:num_beams]
+
+
+def write_latent(
+    student: LatentStudent, prompt: Sequence[int], max_tokens: int, temperature: float, end_id: int, seed: int
+) -> list[int]:
+    """Continue with a latent student; at temperature 1/n for the n that is nearest.
+
+    The prompt is filled up on the left with `end_id` to whole chunks, as a text that begins after another one.
+    """
+    chunk = student.autoencoder.config.chunk_tokens
+    filled = [end_id] * (-len(prompt) % chunk) + list(prompt)
+    repeats = max(1, min(_MAX_REPEATS, round(1 / max(temperature, 1 / _MAX_REPEATS))))
+    return student.generate(
+        torch.tensor(filled).reshape(-1, chunk),
+        -(-max_tokens // chunk),
+        end_id=end_id,
+        repeats=repeats,
+        generator=torch.Generator().manual_seed(seed),
+    )[:max_tokens]
 
 
 def _draw(logits_V: torch.Tensor, top_p: float, generator: torch.Generator) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import closing, contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,9 @@ from sparkray.distill.teachers.create import create_teacher, teacher_tokenizer
 from sparkray.distill.training.autoencoder import aligned_chunks, load_autoencoder, save_autoencoder, train_autoencoder
 from sparkray.distill.training.evaluate import Evaluation, evaluate
 from sparkray.distill.training.latent_evaluate import evaluate_latent
-from sparkray.distill.training.objective import CausalObjective, LatentObjective
+from sparkray.distill.training.latent_files import save_latent
+from sparkray.distill.training.objective import CausalObjective, LatentObjective, Objective
+from sparkray.distill.training.on_policy import OnPolicyObjective, require_room
 from sparkray.distill.training.supervision import DataOnly, FromClient, FromStore, Supervision
 from sparkray.distill.training.trainer import StepReport, Trainer, Workers
 from sparkray.errors import InputError, UsageError
@@ -129,14 +131,11 @@ def make_store(pack_folder: Path, out: Path, config: DistillConfig, progress: Pr
     teacher = teacher_of_pack(pack, config)
     header = store_header(pack, teacher.identity, config.store)
     if config.teacher.kind in ("transformers", "vllm_local"):
-        scorer = sequence_scorer(teacher, config.store, config.teacher.overlap_tokens)
-        return capture_store(out, pack, header, scorer, progress)
+        with closing(teacher):  # its memory is the student's next
+            scorer = sequence_scorer(teacher, config.store, config.teacher.overlap_tokens)
+            return capture_store(out, pack, header, scorer, progress)
     with ScoreCache(config.cache) as cache, TeacherClient(teacher, config.client, cache) as client:
-
-        def score(sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
-            return [future.result().scores for future in [client.submit(tokens) for tokens in sequences]]
-
-        return capture_store(out, pack, header, score, progress)
+        return capture_store(out, pack, header, partial(score_all, client), progress)
 
 
 def train_causal(
@@ -165,7 +164,7 @@ def train_causal(
     check_training(pack, config, store_folder, live=live)
     device = training_device(config)
     with supervision(pack, config, store_folder, live=live) as (rows, client):
-        trainer = causal_trainer(pack, config, store_folder, rows, device)
+        trainer = causal_trainer(pack, config, store_folder, rows, device, client=client)
         student = trainer.student
         assert isinstance(student, CausalStudent)
         validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
@@ -204,6 +203,14 @@ def check_training(pack: Pack, config: DistillConfig, store_folder: Path | None,
             hint="Give --store FOLDER or --live, or set loss.kd_weight=0 to learn from the data alone.",
             param="loss.kd_weight",
         )
+    if config.on_policy.share and not live:
+        raise UsageError(
+            f"on_policy.share={config.on_policy.share:g} was set, and only a live teacher can score what the student"
+            " writes.",
+            hint="Give --live in place of --store.",
+            param="on_policy.share",
+        )
+    require_room(config.on_policy, pack.header.sequence_tokens)
     if store_folder is not None:
         LogitStore(store_folder, pack)
 
@@ -230,8 +237,10 @@ def causal_trainer(
     rows: Supervision,
     device: torch.device,
     workers: Workers | None = None,
+    *,
+    client: TeacherClient | None = None,
 ) -> Trainer:
-    """The trainer of a causal student, as one worker or alone."""
+    """The trainer of a causal student, as one worker or alone; `client` scores what the student writes itself."""
     student = create_causal_student(
         config.student,
         vocab_size=pack.header.vocab_size,
@@ -240,7 +249,15 @@ def causal_trainer(
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(device)
     run = run_identity(pack, config, store_folder)
-    return Trainer(student, pack, rows, CausalObjective(config.loss), config.train, run, workers)
+    objective: Objective = CausalObjective(config.loss)
+    if config.on_policy.share and client is not None:
+        objective = OnPolicyObjective(config.loss, config.on_policy, partial(score_all, client))
+    return Trainer(student, pack, rows, objective, config.train, run, workers)
+
+
+def score_all(client: TeacherClient, sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
+    """Rows of some sequences, asked for together."""
+    return [future.result().scores for future in [client.submit(tokens) for tokens in sequences]]
 
 
 def train_latent_autoencoder(
@@ -286,7 +303,8 @@ def train_latent(
             f"latent.kd_weight={config.latent.kd_weight:g} was set without a store.", hint="Give --store FOLDER."
         )
     torch.manual_seed(config.train.seed)
-    student = LatentStudent(config.latent, autoencoder, pack.header.sequence_tokens // chunk).to(device)
+    max_chunks = pack.header.sequence_tokens // chunk
+    student = LatentStudent(config.latent, autoencoder, max_chunks).to(device)
     supervision = DataOnly() if store_folder is None else FromStore(LogitStore(store_folder, pack).__getitem__)
     validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
 
@@ -302,6 +320,8 @@ def train_latent(
         run_identity(pack, config, store_folder),
     )
     reports = trainer.run(out, on_step, validate if validation else None)
+    save_latent(student, out / "model", max_chunks=max_chunks, tokenizer_sha256=pack.header.tokenizer_sha256)
+    _copy_tokenizer(out / "model", config)
     return {
         "out": str(out),
         "num_steps": config.train.num_steps,
@@ -342,9 +362,7 @@ def evaluate_student(pack_folder: Path, model_folder: Path, config: DistillConfi
 def save_student(student: CausalStudent, folder: Path, config: DistillConfig) -> None:
     """Weights, configuration and tokenizer in one folder that transformers and vLLM load."""
     student.save(folder)
-    name = config.teacher.tokenizer or config.teacher.model
-    for path in sorted(prepare_model(name).glob("tokenizer*.json")):
-        (folder / path.name).write_bytes(path.read_bytes())
+    _copy_tokenizer(folder, config)
 
 
 def load_student(folder: Path) -> CausalStudent:
@@ -357,6 +375,12 @@ def load_student(folder: Path) -> CausalStudent:
 
     load_tokenizer(folder)
     return CausalStudent(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def _copy_tokenizer(folder: Path, config: DistillConfig) -> None:
+    name = config.pack.tokenizer or config.teacher.tokenizer or config.teacher.model
+    for path in sorted(prepare_model(name).glob("tokenizer*.json")):
+        (folder / path.name).write_bytes(path.read_bytes())
 
 
 def run_identity(pack: Pack, config: DistillConfig, store_folder: Path | None) -> dict[str, Any]:

@@ -165,6 +165,10 @@ def test_the_latent_pair_runs(shell: Shell) -> None:
     assert 0 <= made["validation_exact_match"] <= 1
     trained = shell.run("train", "@pack", "@latent", "--autoencoder", "@ae", "--store", "@store", *_latent_weights())
     assert trained["validation"]["num_chunks"] > 0
+    words = ("infer", "@latent/model", "--prompt", "The assert", "--max-tokens", "6", "--temperature", "0.5")
+    written = shell.run(*words)
+    assert written == shell.run(*words)
+    assert written["num_tokens"] <= 6
     told = shell.run("train", "@pack", "@latent2", "--autoencoder", "@ae", *_latent_weights(), fails_with=UsageError)
     assert "without a store" in told["message"]
 

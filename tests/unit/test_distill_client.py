@@ -21,11 +21,11 @@ from sparkray.distill.cache.file import ScoreCache
 from sparkray.distill.client.client import TeacherClient
 from sparkray.distill.client.counters import quantile
 from sparkray.distill.client.pacing import RequestGate, TopLogprobsPolicy, backoff_seconds
-from sparkray.distill.client.prefetch import Prefetcher
 from sparkray.distill.errors import RateLimitedError, TeacherDownError, TeacherRefusedError, TeacherReplyError
 from sparkray.distill.scores import TokenScores
 from sparkray.distill.teachers.api import ApiTeacher, retry_after_seconds
 from sparkray.distill.teachers.handshake import handshake
+from sparkray.distill.training.supervision import FromClient
 from sparkray.distill.windows import Window, score_in_windows, windows
 from sparkray.errors import InputError, UsageError, WaitTimeoutError
 
@@ -211,31 +211,35 @@ def test_a_vllm_server_must_cut_text_as_the_tokenizer_given(host: TeacherServer)
         handshake("http://127.0.0.1:9/v1", "m", Cutting(0), 5)  # type: ignore[arg-type]
 
 
-def test_prefetch_keeps_order_and_stays_bounded(host: TeacherServer) -> None:
-    with client(host) as asking:
-        drawn = []
+def test_rows_are_asked_for_ahead_in_order_and_within_the_depth(host: TeacherServer) -> None:
+    with client(host, prefetch_depth=3, max_in_flight=1) as asking:
+        drawn: list[int] = []
 
-        def batches() -> Iterator[list[list[int]]]:
-            for number in range(10):
-                drawn.append(number)
-                yield [[number, 1], [number, 2]]
+        def tokens(sequence: int) -> list[int]:
+            drawn.append(sequence)
+            return [sequence, 1]
 
-        ahead = Prefetcher(asking, batches(), depth=4)
-        for number, batch in enumerate(ahead):
-            assert batch.sequences == [[number, 1], [number, 2]]
-            assert [scored.scores.num_rows for scored in batch.scored] == [1, 1]
-            # Three batches make the six sequences that are more than the depth.
-            assert len(drawn) <= number + 4
-        assert number == 9
-    assert 0 <= ahead.idle_share <= 1
+        rows = FromClient(asking, tokens)
+        for first in range(0, 10, 2):
+            found = rows.rows([first, first + 1], list(range(first + 2, 10)))
+            assert found is not None
+            for sequence, scores in zip((first, first + 1), found, strict=True):
+                assert scores.head_ids_LK[0, 0] == int(np.argmax(distribution(sequence)))
+            assert len(drawn) <= first + 2 + 3
+        # Each was asked for once, in the order of the loop.
+        assert drawn == list(range(10))
+    assert len(host.asked) == 10
 
 
-def test_prefetch_raises_where_the_failure_belongs(host: TeacherServer) -> None:
+def test_a_failure_is_raised_where_it_belongs(host: TeacherServer) -> None:
     with client(host, max_in_flight=1) as asking:
-        host.faults = [Fault(401)]
-        ahead = iter(Prefetcher(asking, [[[1, 2]], [[1, 3]]], depth=8))
+        rows = FromClient(asking, lambda sequence: [sequence, 1])
+        assert rows.rows([0], []) is not None
+        host.faults = [Fault(), Fault(401)]
+        host.faults[0].body = '{"choices": [{"prompt_logprobs": [null, {"1": {"logprob": -0.5, "rank": 1}}]}]}'
+        assert rows.rows([1], [2]) is not None
         with pytest.raises(TeacherRefusedError):
-            next(ahead)
+            rows.rows([2], [])
 
 
 def test_policy_by_hand() -> None:

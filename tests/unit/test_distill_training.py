@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkray.config.base import validate_settings
-from sparkray.config.distill import LossConfig, PackConfig, StudentConfig, TrainConfig
+from sparkray.config.distill import LossConfig, OnPolicyConfig, PackConfig, StudentConfig, TrainConfig
 from sparkray.distill.data.pack import Pack, pack_documents
 from sparkray.distill.data.sources import Document
 from sparkray.distill.scores import TokenScores
@@ -25,6 +25,7 @@ from sparkray.distill.training.batch import loss_sums, micro_batch
 from sparkray.distill.training.checkpoint import latest_checkpoint
 from sparkray.distill.training.evaluate import calibration_error, evaluate
 from sparkray.distill.training.objective import CausalObjective
+from sparkray.distill.training.on_policy import OnPolicyObjective
 from sparkray.distill.training.order import batch_of_step, epoch_order, learning_rate, share_of_rank
 from sparkray.distill.training.supervision import DataOnly, FromStore
 from sparkray.distill.training.trainer import StepReport, Trainer
@@ -306,3 +307,65 @@ def test_recomputed_activations_and_adapters(tmp_path: Path) -> None:
 
 def plain_loss() -> float:
     return trainer().run_step().loss
+
+
+def bigram_scores(sequences: Sequence[list[int]]) -> list[TokenScores]:
+    bigrams = Rows().logits_VV
+    return [
+        scores_from_logits(
+            bigrams[torch.tensor(tokens[:-1])], torch.tensor(tokens[1:]), top_logprobs=VOCAB_SIZE - 1, tail_draws=1
+        )
+        for tokens in sequences
+    ]
+
+
+def on_policy(share: float, asked: list[list[int]], **loss: Any) -> OnPolicyObjective:
+    def score(sequences: Sequence[list[int]]) -> list[TokenScores]:
+        asked.extend(sequences)
+        return bigram_scores(sequences)
+
+    config = OnPolicyConfig(share=share, prompt_tokens=4, new_tokens=6)
+    return OnPolicyObjective(validate_settings(LossConfig, {"target": "tail_bucket", **loss}), config, score)
+
+
+def test_the_student_writes_and_the_teacher_scores_what_was_written() -> None:
+    asked: list[list[int]] = []
+    objective = on_policy(1.0, asked, ce_weight=1.0, kd_weight=1.0, divergence="reverse_kl")
+    model = student()
+    torch.manual_seed(0)
+    found = objective.losses(model, PACK.train, [0, 2], None, CPU)
+    assert [tokens[:4] for tokens in asked] == [PACK.train.tokens(number)[:4] for number in (0, 2)]
+    assert [len(tokens) for tokens in asked] == [10, 10]
+    expected = 0.0
+    for tokens in asked:
+        q = torch.softmax(model.logits(torch.tensor([tokens]))[0, 3:-1], -1).double()
+        p = torch.softmax(Rows().logits_VV[torch.tensor(tokens[3:-1])], -1).double()
+        expected += (q * (q.log() - p.log())).sum().item()
+    # Cross entropy on the student's own words would only make it surer of them.
+    assert found.total.item() == pytest.approx(expected, rel=1e-3)
+    assert objective.num_rows(PACK.train, 0) == 6
+
+
+def test_the_mix_is_the_same_however_a_batch_is_split() -> None:
+    asked: list[list[int]] = []
+    objective = on_policy(0.5, asked)
+    numbers = list(range(len(PACK.train)))
+    own = [number for number in numbers if objective.num_rows(PACK.train, number) == 6]
+    assert 0 < len(own) < len(numbers)
+    rows = [Rows()(number) for number in numbers]
+    objective.losses(student(), PACK.train, numbers, rows, CPU)
+    prompts = [tokens[:4] for tokens in asked]
+    assert prompts == [PACK.train.tokens(number)[:4] for number in own]
+    torch.manual_seed(0)
+    none_written = on_policy(0.0, []).losses(student(), PACK.train, numbers, rows, CPU)
+    plain = CausalObjective(LossConfig(target="tail_bucket")).losses(student(), PACK.train, numbers, rows, CPU)
+    assert none_written.total.item() == plain.total.item()
+
+
+def test_own_words_teach_too() -> None:
+    asked: list[list[int]] = []
+    settings = TrainConfig(num_steps=60, batch_sequences=8, micro_batch_sequences=8, learning_rate=1e-2, warmup_steps=5)
+    objective = on_policy(1.0, asked, ce_weight=0.0, kd_weight=1.0, divergence="reverse_kl")
+    made = Trainer(student(), PACK, DataOnly(), objective, settings, {})
+    reports = [made.run_step() for _ in range(60)]
+    assert reports[-1].distillation < 0.7 * reports[0].distillation

@@ -33,8 +33,8 @@ def train_loop(setup: Mapping[str, Any]) -> None:
     pack, out = read_pack(Path(job.pack)), Path(job.out)
     store = None if job.store is None else Path(job.store)
     workers = ProcessGroupWorkers()
-    with supervision(pack, job.distill, store, live=job.live) as (rows, _):
-        trainer = causal_trainer(pack, job.distill, store, rows, train.torch.get_device(), workers)
+    with supervision(pack, job.distill, store, live=job.live) as (rows, client):
+        trainer = causal_trainer(pack, job.distill, store, rows, train.torch.get_device(), workers, client=client)
         _restore(trainer)
         while trainer.step < job.distill.train.num_steps:
             report = trainer.run_step()
