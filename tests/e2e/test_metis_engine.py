@@ -11,7 +11,7 @@ has steps of 1/8: rounding float64 logits once already moves entropies by up to 
 own, so no two bfloat16 programs agree within 0.02 bits token by token (transformers' own bfloat16 is as far from
 float64 as the engine is). Three statements are possible, and all are tested:
 
-1. against float64 arithmetic on the very logits that the engine sampled from, every token agrees within 0.02 bits
+1. against float64 arithmetic on the very logits that the engine sampled from, every token agrees within 1e-3 bits
    (the engine hands them out for some requests of the same crowd);
 2. against the float64 model, the mean over all tokens agrees within 0.02 bits: rounding has no direction;
 3. against the float64 model, the engine's entropies are off by no more than those of transformers in bfloat16.
@@ -299,7 +299,7 @@ def test_bfloat16_traces_equal_float64_arithmetic_on_the_logits_sampled_from(
         if case.watched and case.logprobs_TV:
             expected_T = entropy_bits(torch.from_numpy(np.stack(case.logprobs_TV)))
             entropies_T = recorded(engine, case)[:, COLUMN["entropy"]]
-            np.testing.assert_allclose(entropies_T, expected_T, rtol=0, atol=BFLOAT16_BITS, err_msg=case.name)
+            np.testing.assert_allclose(entropies_T, expected_T, rtol=0, atol=FLOAT32_BITS, err_msg=case.name)
             num_tokens += len(expected_T)
     assert num_tokens == 30
 
@@ -319,4 +319,4 @@ def test_bfloat16_differs_from_float64_by_no_more_than_the_rounding_of_the_model
         print(f"{np.median(sizes):.4f} in the median, {sizes.max():.3f} at most")
     assert abs(ours.mean()) <= BFLOAT16_BITS
     assert np.median(np.abs(ours)) <= 1.25 * np.median(np.abs(theirs))
-    assert np.sqrt((ours**2).mean()) <= 1.5 * np.sqrt((theirs**2).mean())
+    assert np.quantile(np.abs(ours), 0.9) <= 1.5 * np.quantile(np.abs(theirs), 0.9)
