@@ -90,9 +90,11 @@ class _NotingRun:
         return self._inner.vote(lanes)
 
     def _note_token(self, lane: Lane) -> None:
-        token_ids = self._question.paths[lane.index].token_ids
+        path = self._question.paths[lane.index]
         at = lane.num_tokens - 1
-        text = self._decode(token_ids[: at + 1]).removeprefix(self._decode(token_ids[:at]))
+        after, before = self._decode(path.token_ids[: at + 1]), self._decode(path.token_ids[:at])
+        # The text of a whole path ends before the string that stopped it.
+        text = (after[: len(path.text)] if lane.ended_by_itself else after).removeprefix(before)
         entropy, statistic = (_known(lane.column(name)[at]) for name in ("entropy", "hedge_statistic"))
         self._events.append(TokensEvent(lane.index, text, (entropy,), (statistic,), lane.num_tokens))
 
