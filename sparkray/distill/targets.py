@@ -4,7 +4,7 @@ Three ways to stand for the tokens outside of the head:
 
 - `sampled_tail`: the head exactly, and M draws from the rest, each weighing (tail mass) / M. In expectation over the
   draws this is the full cross entropy and its gradient (the idea of Sparse Logit Sampling, Anshumann et al. 2025, kept
-  to the tail only, where it is needed; it halves the variance of drawing all entries).
+  to the tail only, where it is needed).
 - `tail_bucket`: the rest as one more outcome. By the data-processing inequality its divergence is a lower bound.
 - `renormalised`: the head scaled to sum 1, as if the rest could not happen. Biased, and kept by name to compare with.
 
