@@ -12,18 +12,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def engine_environment() -> Iterator[None]:
-    """What vLLM reads from the environment: the size of its cache, and that nothing is to be downloaded."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        # Lets a CPU engine compute in the process that schedules: one process less to start.
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
-@pytest.fixture(scope="session")
-def embedded_path(engine_environment: None) -> str:
+def embedded_path() -> str:
     """The embedded model, made ready."""
     from sparkray.models import EMBEDDED, prepare_model
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -33,6 +34,9 @@ SCARCE: dict[str, Any] = {
     "max_logprobs": -1,
     "enable_logging_iteration_details": True,
 }
+
+# Read while an engine starts. The last lets a CPU engine compute in the process that schedules: one less to start.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 ResultT = TypeVar("ResultT")
 
@@ -113,7 +117,11 @@ def live_engine(model: str, dtype: str, **engine_args: Any) -> Iterator[LiveEngi
         await asyncio.gather(*others, return_exceptions=True)
 
     try:
-        engine = asyncio.run_coroutine_threadsafe(start(), loop).result(600.0)
+        with pytest.MonkeyPatch.context() as patch:
+            # Not for longer: other tests start servers, which inherit the environment.
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
+            engine = asyncio.run_coroutine_threadsafe(start(), loop).result(600.0)
         try:
             yield LiveEngine(engine, steps, model, loop)
         finally:
