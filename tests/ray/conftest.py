@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from sparkray.cluster.processes import free_port, spawn
@@ -49,6 +51,20 @@ class RayCluster:
         return subprocess.run(
             command, env=self.env, capture_output=True, text=True, timeout=timeout_seconds, check=False
         )
+
+    def job_status(self, job: str) -> str:
+        """What `ray job status` says, asked over HTTP: the command takes seconds to start, and a test asks often."""
+        return str(self._jobs("GET", job)["status"])
+
+    def stop_job(self, job: str) -> None:
+        """What `ray job stop` asks for, at once; returns before the job has ended."""
+        self._jobs("POST", f"{job}/stop")
+
+    def _jobs(self, method: str, path: str) -> dict[str, Any]:
+        token = Path(self.session.token_path).read_text().strip()
+        url = f"{self.session.dashboard_url}/api/jobs/{path}"
+        reply = httpx.request(method, url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        return dict(reply.raise_for_status().json())
 
 
 @pytest.fixture(scope="session")
