@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray.serve.deployment import Application
 
+from sparkray.config.base import validate_settings
 from sparkray.config.poc import PocServiceConfig
 from sparkray.poc.deployment import build_app
 
 
-def build(args: PocServiceConfig) -> Application:
-    """The application for `args`; Serve parses them into PocServiceConfig by this annotation."""
-    return build_app(args)
+def build(args: dict[str, Any]) -> Application:
+    """The application for `args`, the settings of PocServiceConfig."""
+    return build_app(validate_settings(PocServiceConfig, args))
