@@ -1,4 +1,4 @@
-"""`sparkray handoff`: decode, ask, verify, bench, plan."""
+"""`sparkray handoff`: decode, ask, verify, plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparkray.handoff.client import Peer
     from sparkray.handoff.vllm_prefill import PrefillEngine
 
-app = typer.Typer(no_args_is_help=True, help="Prefill here, decode there: decode, ask, verify, bench, plan.")
+app = typer.Typer(no_args_is_help=True, help="Prefill here, decode there: decode, ask, verify, plan.")
 
 PeerAddress = Annotated[
     str, typer.Option("--peer", help="Decode peer, as mac.local:7070; or a server, as http://mac:11434/v1.")
