@@ -167,7 +167,10 @@ def shard(policy: Policy, *, num_ranks: int) -> Policy:
     modules = [*causal.get_decoder().layers, policy.scorer]
     for module in modules:
         # A step's loss is already divided by the counts of all ranks: gradients are added, not averaged.
-        fully_shard(module, mesh=mesh, mp_policy=precision).set_gradient_divide_factor(1.0)
+        part = fully_shard(module, mesh=mesh, mp_policy=precision)
+        part.set_gradient_divide_factor(1.0)
+        # A factor of one is a plain sum, which gloo has; the scaled one that FSDP would take it has not.
+        part.set_force_sum_reduction_for_comms(True)
     return Policy(policy.model, policy.scorer, policy.device, policy.adapter, policy.bf16, sharded=True)
 
 
