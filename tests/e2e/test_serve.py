@@ -122,8 +122,9 @@ def test_the_stream_of_a_trace_follows_the_reply(http: httpx.Client, model: str,
 
     shown: list[int] = []
     with ChatClient(str(session.serve_url)) as client:
-        messages = [{"role": "user", "content": "Count from one to twenty."}]
-        options = {"max_tokens": 40, "temperature": 0}
+        # Long enough that no machine writes it between two looks at the trace.
+        messages = [{"role": "user", "content": "Tell a long story about a river, from its spring to the sea."}]
+        options = {"max_tokens": 200, "temperature": 0}
         reply = exchange(client, messages, model=model, options=options, show=lambda rows: shown.append(len(rows)))
     assert shown == sorted(shown)
     assert len(shown) > 1, "all tokens came in one update: nothing was live"
