@@ -297,6 +297,8 @@ class DecodeAgent:
         with self._lock:
             if request.request in self._transfers:
                 raise ProtocolError(Reason.REPLAYED, f"request {request.request!r} is under way.")
+            # Again under the lock: it may have ended between the first look at its ticket and now.
+            self._tickets.check(request.ticket, request.request, prompt_hash(request.prompt), time.time())
             self._transfers[request.request] = transfer
         return transfer
 
