@@ -271,10 +271,11 @@ class DecodeAgent:
             client = ClientEar(connection, transfer)
             done = Generation(request, held, transfer, self._on_engine, client.send, client.listen).run()
             keep = True
-            connection.send(done)
         finally:
             self._close_transfer(request, transfer)
             self._on_engine(lambda: self._pool.release(held, keep=keep))
+        # Told last: the next turn may come at once, and finds the rows of this one in their place.
+        connection.send(done)
 
     def _check_request(self, request: Generate) -> None:
         longest = len(request.prompt) + max(request.max_tokens, len(request.resume))
@@ -328,9 +329,9 @@ class DecodeAgent:
                 while len(self._pairs) >= _MAX_PAIRS:
                     del self._pairs[next(iter(self._pairs))]
                 self._pairs[self._pair_of(hello)] = time.time()
-            connection.send(Done(report=report.to_wire(), kv_bytes=transfer.received_bytes))
         finally:
             self._close_transfer(request, transfer)
+        connection.send(Done(report=report.to_wire(), kv_bytes=transfer.received_bytes))
 
     def _on_engine(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self._stopped.is_set():

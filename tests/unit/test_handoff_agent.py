@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_the_next_turn_sends_only_new_tokens(side: Side) -> None:
     third = [*PROMPT, 1, 2, 3]
     tokens, done = side.ask(side.request(third, conversation="c"), lambda start: ToyFeed(third, start=start))
     assert tokens == monolithic(third, NUM_TOKENS) and done.rows_cached == 13, "what differs is forgotten"
+
+
+def test_the_end_is_told_when_the_rows_are_in_their_place(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_transfer = side.agent._close_transfer
+
+    def close_late(*arguments: Any) -> None:
+        time.sleep(0.2)
+        close_transfer(*arguments)
+
+    monkeypatch.setattr(side.agent, "_close_transfer", close_late)
+    side.ask(side.request(route="local", conversation="c"))
+    _, done = side.ask(side.request(route="local", conversation="c"))
+    assert done.rows_cached == len(PROMPT) - 1, "the next turn, asked at once, finds them"
 
 
 def test_an_answer_goes_on_where_another_peer_ended(side: Side) -> None:
