@@ -23,14 +23,16 @@ def watch(config: WatchPromptsConfig, quiet: bool) -> Mapping[str, Any]:
         progress.update(run.num_done, run.num_prompts)
         if run.missing:
             # Half a minute of imports: after all that can be refused has been.
+            from sparkray.cluster.connection import cluster_connection
             from sparkray.cluster.metrics_bridge import observe_finish
             from sparkray.metis.ray_batch import answers
             from sparkray.serving.app import engine_kwargs
 
             hook = partial(observe_finish, model=config.model)
-            for row in answers(config, run.missing, run.xargs, engine_arguments=engine_kwargs, on_finish=hook):
-                run.add(row)
-                progress.update(run.num_done, run.num_prompts)
+            with cluster_connection():
+                for row in answers(config, run.missing, run.xargs, engine_arguments=engine_kwargs, on_finish=hook):
+                    run.add(row)
+                    progress.update(run.num_done, run.num_prompts)
     return run.summary()
 
 

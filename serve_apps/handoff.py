@@ -1,7 +1,5 @@
 """Serve builder of the handoff's coordinator: `serve deploy serve_apps/handoff.yaml`."""
 
-from __future__ import annotations
-
 from ray.serve.deployment import Application
 
 from sparkray.config.handoff import HandoffConfig
@@ -9,5 +7,5 @@ from sparkray.handoff.deployment import build_handoff_app
 
 
 def build(args: HandoffConfig) -> Application:
-    """The application for `args`; Serve parses them into HandoffConfig by this annotation."""
+    """The application for `args`; Serve parses them by this annotation, which must be the class, not its name."""
     return build_handoff_app(args)

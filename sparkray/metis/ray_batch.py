@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
 from ray.data.llm import Processor, build_processor, vLLMEngineProcessorConfig
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from sparkray.config.batch import WatchPromptsConfig
 from sparkray.config.metis import MetisConfig
@@ -39,34 +38,6 @@ EngineArguments = Callable[..., dict[str, Any]]
 FinishHook = Callable[["TraceEntry", int], None]
 
 
-@contextmanager
-def cluster_connection() -> Iterator[None]:
-    """Join the cluster that runs here, or that RAY_ADDRESS names, for a while; never starts one.
-
-    Raises:
-        UnavailableError: there is none, or it wants another token.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address="auto", logging_level="WARNING")
-    except AuthenticationError as failure:
-        raise UnavailableError(
-            "the Ray cluster refused this token.",
-            hint="Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH of the cluster that you mean.",
-        ) from failure
-    except (ConnectionError, RuntimeError) as failure:
-        raise UnavailableError(
-            f"no Ray cluster answers: {failure}.",
-            hint="Start one (`sparkray serve up`, `ray start --head`), then use `ray job submit`.",
-        ) from failure
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def answers(
     config: WatchPromptsConfig,
     prompts: Sequence[PromptRow],
@@ -84,32 +55,33 @@ def answers(
         engine_arguments: makes vLLM's arguments of `config.engine`, given also the keyword `on_cpu`.
         on_finish: called in each engine's process with every finished trace and the number of those still running.
 
+    The caller holds a connection to the cluster.
+
     Raises:
-        UnavailableError: no cluster, not enough GPUs, an engine that cannot start or keeps dying.
+        UnavailableError: not enough GPUs, an engine that cannot start or keeps dying.
         WaitTimeoutError: the engines were not ready within `start_timeout_seconds`.
     """
-    with cluster_connection():
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        # Fails at once where an engine cannot start, and in the end where none can be placed.
-        context.wait_for_min_actors_s = math.ceil(config.start_timeout_seconds)
-        asked = {prompt.id: prompt for prompt in prompts}
-        try:
-            answered = _pipeline(config, prompts, xargs, engine_arguments, on_finish)
-            for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for answer in batch.to_pylist():
-                    yield _row(asked.pop(answer["id"]), answer)
-        except GetTimeoutError as slow:
-            raise WaitTimeoutError(
-                f"the engines were not ready within {config.start_timeout_seconds:g} s.",
-                hint="See `ray status` for what they wait for, or set start_timeout_seconds higher.",
-            ) from slow
-        except RayError as failure:
-            raise UnavailableError(
-                f"an engine could not start, or died more than {_MAX_ENGINE_RESTARTS} times: {_cause(failure)}",
-                hint="What it wrote stands in the job's log above. Prompts that came back are kept: submit again.",
-            ) from failure
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Fails at once where an engine cannot start, and in the end where none can be placed.
+    context.wait_for_min_actors_s = math.ceil(config.start_timeout_seconds)
+    asked = {prompt.id: prompt for prompt in prompts}
+    try:
+        answered = _pipeline(config, prompts, xargs, engine_arguments, on_finish)
+        for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for answer in batch.to_pylist():
+                yield _row(asked.pop(answer["id"]), answer)
+    except GetTimeoutError as slow:
+        raise WaitTimeoutError(
+            f"the engines were not ready within {config.start_timeout_seconds:g} s.",
+            hint="See `ray status` for what they wait for, or set start_timeout_seconds higher.",
+        ) from slow
+    except RayError as failure:
+        raise UnavailableError(
+            f"an engine could not start, or died more than {_MAX_ENGINE_RESTARTS} times: {_cause(failure)}",
+            hint="What it wrote stands in the job's log above. Prompts that came back are kept: submit again.",
+        ) from failure
 
 
 def _pipeline(
