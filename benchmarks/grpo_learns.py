@@ -11,7 +11,8 @@ run is made by the same command path that `sparkray train grpo` takes. Tasks:
   questions lies between 5 % and 60 %, the one in which most groups hold right and wrong completions.
 
 The control has the same rewards, groups and steps, and its advantages are dealt out at random. Seeds and arms are
-interleaved. Intervals are Student's t over seeds at 95 %.
+interleaved. Intervals are Student's t over seeds at 95 %. With `--folder` a benchmark that was ended goes on: runs that
+are finished there are read, and the one that was under way goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -57,13 +58,6 @@ CANDIDATES = (
             ("2 + 3 + 4", "2 + 3 = 5. 5 + 4 = 9. The answer is 9."),
             ("9 - 4 + 1", "9 - 4 = 5. 5 + 1 = 6. The answer is 6."),
         ),
-    ),
-    Candidate(
-        "products",
-        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-        r"(\d+) \* (\d+)",
-        "{0} * {1}",
-        (("3 * 6", "3 * 6 is 18. The answer is 18."), ("8 * 5", "8 * 5 is 40. The answer is 40.")),
     ),
     Candidate(
         "gcd",
@@ -164,7 +158,7 @@ def common(folder: Path) -> dict[str, Any]:
         "cpus_per_engine": 0.5,
         "lora_layers": (20, 30),
         "num_generations": 8,
-        "checkpoint_steps": 1000,
+        "checkpoint_steps": 10,
         "eval_steps": 1000,
         "loss": {"name": "dr_grpo", "advantage": "group"},
         "engine": {
@@ -177,19 +171,27 @@ def common(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, values: dict[str, Any], engines: Any, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every seed with and without a signal, interleaved."""
-    from sparkray.grpo.ray_run import train_run
+def finished_run(config: Any, engines: Any) -> dict[str, Any]:
+    """The summary of a run, which is made unless the folder holds it already."""
+    from sparkray.grpo.ray_run import SUMMARY_NAME, train_run
     from sparkray.serving.app import engine_kwargs
 
+    kept = Path(config.output_dir) / config.run_name / SUMMARY_NAME
+    if not kept.is_file():
+        return train_run(config, engine_arguments=engine_kwargs, engines=engines)
+    summary: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return summary
+
+
+def measure(name: str, values: dict[str, Any], engines: Any, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Every seed with and without a signal, interleaved."""
     arms: dict[str, list[dict[str, Any]]] = {"real": [], "control": []}
     for seed in range(seeds):
         for arm, found in arms.items():
-            config = run_config(
-                values, {"seed": seed, "shuffle_advantages": arm == "control", "run_name": f"{name}-{arm}-{seed}"}
-            )
+            run_name = f"{name}-{arm}-{seed}-of-{values['max_steps']}-steps"
+            changes = {"seed": seed, "shuffle_advantages": arm == "control", "run_name": run_name}
             started = time.monotonic()
-            found.append(train_run(config, engine_arguments=engine_kwargs, engines=engines))
+            found.append(finished_run(run_config(values, changes), engines))
             say(
                 f"{name} {arm} seed {seed}: held-out {found[-1]['eval_before']:.3f} -> {found[-1]['eval_after']:.3f} "
                 f"in {time.monotonic() - started:.0f} s"
@@ -244,8 +246,21 @@ def reasoning(folder: Path, candidate: Candidate, steps: int, num_held_out: int)
     }
 
 
-def choose(folder: Path, engines: Any, num_prompts: int) -> tuple[Candidate, list[dict[str, Any]]]:
-    """The candidate to train on, and what was measured of each under the untrained model."""
+def choose(folder: Path, engines: Any, num_prompts: int, num_held_out: int) -> tuple[Candidate, list[dict[str, Any]]]:
+    """The candidate to train on, and what was measured of each under the untrained model; measured once a folder."""
+    kept = folder / "candidates.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(_measured(folder, engines, num_prompts, num_held_out)), encoding="utf-8")
+    measured: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+    fitting = [one for one in measured if 0.05 <= one["greedy_accuracy"] <= 0.60 and one["mean_tokens"] >= 16]
+    if not fitting:
+        raise SystemExit(f"no candidate lies between 5 % and 60 % with 16 tokens: {measured}")
+    best = max(fitting, key=lambda one: one["mixed_groups"])
+    return next(one for one in CANDIDATES if one.name == best["task"]), measured
+
+
+def _measured(folder: Path, engines: Any, num_prompts: int, num_held_out: int) -> list[dict[str, Any]]:
+    """Greedy and drawn accuracy, share of groups with right and wrong completions, and length of each candidate."""
     import ray
     from transformers import AutoTokenizer
 
@@ -258,7 +273,7 @@ def choose(folder: Path, engines: Any, num_prompts: int) -> tuple[Candidate, lis
     engine = engines[0]
     measured = []
     for candidate in CANDIDATES:
-        config = run_config(reasoning(folder, candidate, 1, num_prompts), {})
+        config = run_config(reasoning(folder, candidate, 1, num_held_out), {})
         rows = read_rows(Path(config.dataset))[:num_prompts]
         scorer = RewardScorer(config.reward)
         found: dict[str, list[list[float]]] = {}
@@ -284,25 +299,24 @@ def choose(folder: Path, engines: Any, num_prompts: int) -> tuple[Candidate, lis
                 "mean_tokens": statistics.fmean(lengths),
             }
         )
-    fitting = [one for one in measured if 0.05 <= one["greedy_accuracy"] <= 0.60 and one["mean_tokens"] >= 16]
-    if not fitting:
-        raise SystemExit(f"no candidate lies between 5 % and 60 % with 16 tokens: {measured}")
-    best = max(fitting, key=lambda one: one["mixed_groups"])
-    return next(one for one in CANDIDATES if one.name == best["task"]), measured
+    return measured
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--seeds", type=int, default=3, choices=[2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, default=3, choices=[1, 2, 3, 4, 5])
     parser.add_argument("--one-token-steps", type=int, default=20)
     parser.add_argument("--reasoning-steps", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=60, help="held-out questions of the reasoning task")
+    parser.add_argument("--folder", type=Path, help="keep the runs here, and go on with those that are here")
     parser.add_argument("--only", choices=["one_token", "reasoning"], help="one of the two tasks")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Else Ray gives an actor of half a CPU one thread; ranks and engine take turns, and may have the whole machine.
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
     def say(line: str) -> None:
@@ -313,11 +327,12 @@ def main() -> None:
 
     result: dict[str, Any] = {"seeds": arguments.seeds}
     with tempfile.TemporaryDirectory(prefix="grpo-learns-") as name, two_nodes(4):
-        folder = Path(name)
+        folder = arguments.folder.absolute() if arguments.folder is not None else Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         shared = run_config(one_token(folder, 1), {})
         with rollout_engines(shared, engine_kwargs) as engines:
             if arguments.only != "one_token":
-                candidate, measured = choose(folder, engines, 24)
+                candidate, measured = choose(folder, engines, 24, arguments.held_out)
                 for one in measured:
                     say(json.dumps(one))
                 values = reasoning(folder, candidate, arguments.reasoning_steps, arguments.held_out)
