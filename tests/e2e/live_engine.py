@@ -86,7 +86,7 @@ class LiveEngine:
     model: str
     _loop: asyncio.AbstractEventLoop
 
-    def run(self, work: Coroutine[Any, Any, ResultT], timeout_seconds: float = 240.0) -> ResultT:
+    def run(self, work: Coroutine[Any, Any, ResultT], timeout_seconds: float = 600.0) -> ResultT:
         """Run a coroutine in the engine's loop and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_seconds)
 

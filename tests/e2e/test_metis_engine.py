@@ -42,7 +42,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from sparkray.errors import NotFoundError
 from sparkray.metis.fields import COLUMN
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 FLOAT32_BITS = 1e-3
 BFLOAT16_BITS = 0.02

@@ -1,4 +1,4 @@
-"""What the batch job asks of Ray for its engines; built, not run."""
+"""What the batch job asks of Ray for its engines; built on the tests' cluster, not run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from sparkray.metis.ray_batch import watched_processor
 from sparkray.metis.vllm_batch import WatchedStageUDF
 from sparkray.serving.app import engine_kwargs
 
-pytestmark = pytest.mark.ray
+# Building a stage makes Ray connect by itself; it must find the cluster of these tests.
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_connection")]
 
 
 def stage_of(on_cpu: bool, **engine: Any) -> Any:
