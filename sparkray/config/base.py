@@ -72,7 +72,11 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not separator or not key.strip():
         raise UsageError(f"--set {override!r} was given, and KEY=VALUE is expected: --set engine.max_num_seqs=32.")
     parts = key.strip().split(".")
-    nested: dict[str, Any] = {parts[-1]: yaml.safe_load(text) if text else ""}
+    value = yaml.safe_load(text) if text else ""
+    # A hash such as 0xabc123 is a number to YAML, and the number has forgotten how it was written.
+    if isinstance(value, int) and not isinstance(value, bool) and str(value) != text.strip():
+        value = text.strip()
+    nested: dict[str, Any] = {parts[-1]: value}
     for part in reversed(parts[:-1]):
         nested = {part: nested}
     return nested

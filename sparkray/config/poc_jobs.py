@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from sparkray.config.base import Settings
 from sparkray.config.poc import PocConfig, PocServiceConfig
@@ -16,7 +17,14 @@ def _must_be_compatible(config: PocConfig) -> PocConfig:
     return config
 
 
+def _named(name: str) -> Callable[[Any], Any]:
+    """Seeds for a run whose nonces nobody wants, where they are not given beside other settings."""
+    return lambda value: {"block_hash": name, "public_key": name, **value} if isinstance(value, dict) else value
+
+
 CompatiblePoc = Annotated[PocConfig, AfterValidator(_must_be_compatible)]
+RatePoc = Annotated[CompatiblePoc, BeforeValidator(_named("rate"))]
+CrossCheckPoc = Annotated[CompatiblePoc, BeforeValidator(_named("cross-check"))]
 
 
 class PocGenerateConfig(Settings):
@@ -32,7 +40,7 @@ class PocGenerateConfig(Settings):
 class PocNonceRateConfig(Settings):
     """One run of `jobs/poc_nonce_rate.py`."""
 
-    poc: CompatiblePoc = Field(PocConfig(block_hash="rate", public_key="rate"), description="What is computed.")
+    poc: RatePoc = Field(PocConfig(block_hash="rate", public_key="rate"), description="What is computed.")
     fleet: PocServiceConfig = Field(PocServiceConfig(), description="Groups and bounds.")
     seconds: float = Field(60.0, gt=0, description="How long to measure.")
     warmup_seconds: float = Field(5.0, ge=0, description="Computed and not counted.")
@@ -42,7 +50,7 @@ class PocNonceRateConfig(Settings):
 class PocCrossCheckConfig(Settings):
     """One run of `jobs/poc_cross_check.py`."""
 
-    poc: CompatiblePoc = Field(
+    poc: CrossCheckPoc = Field(
         PocConfig(block_hash="cross-check", public_key="cross-check"), description="What is computed."
     )
     num_nonces: int = Field(512, ge=16, le=1_000_000, description="Nonces that every server computes, twice.")
