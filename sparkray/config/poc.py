@@ -145,8 +145,12 @@ class PocConfig(Settings):
     params: ModelParams = Field(V1, description="Shape of the model; the presets are V1, V2, BIG and TINY.")
     weights: WeightsConfig = Field(WeightsConfig(), description="How weights are drawn.")
     mode: ModeName = Field("compatible", description="`compatible` with the network, or `hardened`.")
-    block_hash: str = Field(description="Hash of the block that seeds weights, inputs and target.")
-    public_key: str = Field(description="Key of the participant; seeds inputs and permutations.")
+    block_hash: str = Field(
+        coerce_numbers_to_str=True, description="Hash of the block that seeds weights, inputs and target."
+    )
+    public_key: str = Field(
+        coerce_numbers_to_str=True, description="Key of the participant; seeds inputs and permutations."
+    )
     block_height: int = Field(-1, ge=-1, description="Height that proofs carry.")
     r_target: float = Field(R_TARGET_DEFAULT, gt=0, description="A nonce is valid where its distance is below this.")
     fraud_threshold: float = Field(1e-7, gt=0, lt=1, description="p-value below which a batch is called fraud.")
@@ -168,12 +172,15 @@ class PocServiceConfig(Settings):
     """The service of proof of compute: its groups, its bounds and its callbacks."""
 
     state_dir: str = Field(
-        "~/.local/state/sparkray/poc", min_length=1, description="Folder of the ledger, on the node of the replica."
+        "~/.local/state/sparkray/poc", min_length=1, description="Folder of the ledger, on the head node."
     )
     weights: WeightsConfig = Field(WeightsConfig(), description="How weights are drawn; consensus.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: CUDA where the cluster has some.")
     num_groups: int | None = Field(None, ge=1, le=4096, description="Groups; empty: as many as the devices make.")
-    num_cpus_per_group: float = Field(1.0, gt=0, le=1024, description="Logical CPUs that Ray sets aside for a group.")
+    num_nodes_per_group: int = Field(
+        1, ge=1, le=64, description="Nodes that share one group's blocks, for a model that no node holds alone."
+    )
+    num_cpus_per_group: float = Field(1.0, gt=0, le=1024, description="Logical CPUs for a group, on each of its nodes.")
     batch_size: int | None = Field(None, ge=1, le=65_536, description="Nonces in a batch; empty: measured.")
     num_prep_threads: int = Field(2, ge=1, le=256, description="Threads of a group that make inputs ahead.")
     prep_depth: int = Field(3, ge=1, le=64, description="Batches of a group that are made ahead.")

@@ -1,13 +1,15 @@
 """The Ray edge of a fleet: one actor a group, each on a placement group of its own.
 
-A group's devices are one bundle, so they are always of one node, and a lost node takes its own groups alone: Ray
-places those bundles anew as soon as there is room, and the controller launches workers that go on from the record.
+A group's devices of one node are one bundle, and most groups have no other, so a lost node takes its own groups alone:
+Ray places those bundles anew as soon as there is room, and the controller launches workers that go on from the record.
+A group over several nodes has a bundle on each, and actors for its stages there (`ray_stages`).
 """
 
 from __future__ import annotations
 
 import socket
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -22,7 +24,7 @@ from sparkray.poc.fleet.ledger import Ledger
 from sparkray.poc.fleet.messages import Ack, CheckChunk, GroupPlace, Run, WorkerHandle, WorkerLostError, WorkerReport
 from sparkray.poc.fleet.runner import STOP_TIMEOUT_SECONDS, FleetRunner
 from sparkray.poc.fleet.worker import GroupWorker
-from sparkray.poc.groups import GroupShape, get_min_group_vram, gpu_shapes
+from sparkray.poc.groups import GroupShape, device_vram, gpu_shapes
 from sparkray.poc.phases import Phase
 from sparkray.poc.ray_metrics import FleetMetrics
 from sparkray.poc.validation import NoiseBand
@@ -39,22 +41,27 @@ class PocGroupActor:
     """A group's worker in a process of its own."""
 
     def __init__(
-        self, run: Run, place: GroupPlace, phase: Phase, generation: int, config: PocServiceConfig, num_gpus: int
+        self, run: Run, place: GroupPlace, phase: Phase, generation: int, config: PocServiceConfig, shape: GroupShape
     ) -> None:
         def make_engine() -> Any:
             from sparkray.poc.engine import Engine
 
-            return Engine(
+            engine = partial(
+                Engine,
                 run.block_hash,
                 run.params,
                 run.weights,
-                # Ray shows a process its own GPUs alone, so they are always the first ones.
-                device="cuda" if num_gpus else "cpu",
-                num_devices=max(1, num_gpus),
-                batch_size=config.batch_size,
                 prep_threads=config.num_prep_threads,
                 prep_depth=config.prep_depth,
             )
+            if shape.num_nodes == 1:
+                # Ray shows a process its own GPUs alone, so they are always the first ones.
+                device = "cuda" if shape.num_gpus else "cpu"
+                return engine(device=device, num_devices=max(1, shape.num_gpus), batch_size=config.batch_size)
+            from sparkray.poc.ray_stages import RayStages
+
+            stages = RayStages(run, shape)
+            return engine(device="cpu", model=stages, batch_size=config.batch_size or stages.choose_batch_size())
 
         self._worker = GroupWorker(run, place, phase, generation, make_engine, config.max_buffered_batches)
         self._worker.start()
@@ -97,8 +104,10 @@ class RayLauncher:
     def __init__(self, shapes: list[GroupShape], config: PocServiceConfig) -> None:
         self._config = config
         self._shapes = shapes
-        # SPREAD has no say in a group of one bundle; the default packs, so nodes fill one after the other.
-        self._places: list[PlacementGroup] = [placement_group([shape.bundle]) for shape in shapes]
+        # Bundles of one group are there for different nodes; it has no say in a group of one.
+        self._places: list[PlacementGroup] = [
+            placement_group(shape.bundles, strategy="STRICT_SPREAD") for shape in shapes
+        ]
 
     def __call__(self, run: Run, place: GroupPlace, phase: Phase, generation: int) -> WorkerHandle:
         shape = self._shapes[place.group_id]
@@ -106,14 +115,17 @@ class RayLauncher:
             ray.remote(PocGroupActor)
             .options(
                 num_cpus=shape.num_cpus,
-                num_gpus=shape.num_gpus,
+                # The stages of several nodes have the GPUs; who leads them needs none.
+                num_gpus=shape.num_gpus if shape.num_nodes == 1 else 0,
                 max_concurrency=_CALLS_AT_ONCE,
                 # The controller restarts it, since only the record knows where to go on.
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._places[place.group_id]),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._places[place.group_id], placement_group_bundle_index=0
+                ),
             )
-            .remote(run, place, phase, generation, self._config, shape.num_gpus)
+            .remote(run, place, phase, generation, self._config, shape)
         )
         return RayHandle(actor)
 
@@ -162,14 +174,22 @@ def group_shapes(run: Run, config: PocServiceConfig) -> list[GroupShape]:
     """The groups that the cluster's devices make, or as many as the settings ask for.
 
     Raises:
-        UnavailableError: CUDA was asked for and there is none, or no group of devices can hold the model.
+        UnavailableError: CUDA was asked for and there is none, no group of devices can hold the model, or a group
+            shall have more nodes than there are.
     """
     on_cuda = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-    if not on_cuda:
-        count = config.num_groups or sum(1 for node in ray.nodes() if node["Alive"])
-        return [GroupShape(0, config.num_cpus_per_group)] * count
-    shapes = gpu_shapes(_read_gpu_memory(), get_min_group_vram(run.params, run.weights), config.num_cpus_per_group)
-    return shapes[: config.num_groups] if config.num_groups else shapes
+    num_nodes, num_cpus = config.num_nodes_per_group, config.num_cpus_per_group
+    if on_cuda:
+        needed = partial(device_vram, run.params, run.weights)
+        shapes = gpu_shapes(_read_gpu_memory(), needed, num_cpus, num_nodes)
+        return shapes[: config.num_groups] if config.num_groups else shapes
+    num_alive = sum(1 for node in ray.nodes() if node["Alive"])
+    if num_alive < num_nodes:
+        raise UnavailableError(
+            f"num_nodes_per_group={num_nodes} was given, and the cluster has {num_alive} nodes.",
+            param="num_nodes_per_group",
+        )
+    return [GroupShape(0, num_cpus, num_nodes)] * (config.num_groups or num_alive // num_nodes)
 
 
 def _read_gpu_memory() -> list[list[float]]:

@@ -17,6 +17,9 @@ from sparkray.poc.service.manager import PocManager
 from sparkray.poc.service.routes import Gate, create_app
 from sparkray.poc.service.sender import Sender
 
+# Ray gives its head one of these.
+_HEAD = "node:__internal_head__"
+
 
 class PocService:
     """Everything of one replica: ledger, manager, sender and the application that answers."""
@@ -66,6 +69,7 @@ def build_app(config: PocServiceConfig) -> Application:
         health_check_period_s=10,
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=config.stop_timeout_seconds + 20,
-        ray_actor_options={"num_cpus": 0.1},
+        # On the head, where the cluster's own fate is: the ledger lies there, and a worker node may go and come.
+        ray_actor_options={"num_cpus": 0.1, "resources": {_HEAD: 0.001}},
     )
     return deployment.bind(config)

@@ -12,9 +12,9 @@ import torch
 
 from sparkray.config.poc import ModelParams, WeightsConfig
 from sparkray.poc.device_weights import load_weights
-from sparkray.poc.devices import resolve_device
+from sparkray.poc.devices import prepare_dtype, resolve_device
 from sparkray.poc.inputs import draw_target
-from sparkray.poc.model import ReadWeight, Transformer
+from sparkray.poc.model import Forward, ReadWeight, Transformer
 from sparkray.poc.pipeline import PipelinedTransformer
 from sparkray.poc.prep import PrepRing, Slot
 from sparkray.poc.steps import CpuStep, CudaStep, Pending, Step
@@ -44,6 +44,7 @@ class Engine:
         prep_depth: batches that are made ahead.
         graphs: CUDA graphs, on CUDA and one device.
         num_devices: neighbouring devices, from `device` on, that share the blocks; on a CPU they are logical.
+        model: computes instead of one that is loaded here; its logits arrive on `device`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         prep_depth: int = DEFAULT_PREP_DEPTH,
         graphs: bool = True,
         num_devices: int = 1,
+        model: Forward | None = None,
     ) -> None:
         self.block_hash = block_hash
         self.params = params
@@ -65,21 +67,16 @@ class Engine:
         self.device = resolve_device(device)
         self._prep_threads = prep_threads
         self._prep_depth = prep_depth
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            # Sums of products stay in float32 all the way, or distances would depend on how a kernel splits them.
-            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        dtype = torch.float16 if on_cuda else torch.float32
-        self._model = self._load(num_devices, dtype)
+        self._model = model or self._load(num_devices, prepare_dtype(self.device))
         self._target_V = torch.from_numpy(draw_target(block_hash, params.vocab_size))
         self.batch_size = batch_size or choose_batch_size(self._model, memory_bound(params, self.device))
         self._step: Step = (
             CudaStep(self._model, self._target_V, self.batch_size, graphs=graphs and num_devices == 1)
-            if on_cuda
+            if self.device.type == "cuda"
             else CpuStep(self._model, self._target_V)
         )
 
-    def _load(self, num_devices: int, dtype: torch.dtype) -> Transformer | PipelinedTransformer:
+    def _load(self, num_devices: int, dtype: torch.dtype) -> Forward:
         def load(names: frozenset[str] | None, device: torch.device) -> ReadWeight:
             return load_weights(self.block_hash, self.params, self.weights, device, dtype, names)
 

@@ -35,11 +35,32 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(ends)]
 
 
+class Stage:
+    """A run of blocks on one device, with the final norm and the head where the last block is among them.
+
+    Args:
+        load_stage: gives a reader of the named weights on a device.
+    """
+
+    def __init__(
+        self, params: ModelParams, layers: range, load_stage: LoadStage, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._layers = layers
+        self._is_last = layers.stop == params.n_layers
+        self._model = Transformer(params, load_stage(stage_names(params, layers), device), device, dtype)
+
+    def __call__(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """The state after these blocks, or from the last stage logits (B, V) float32; on this stage's device."""
+        moved_BSD = hidden_BSD.to(self._model.device, non_blocking=True)
+        after_BSD = self._model.blocks(moved_BSD, self._layers, with_last=self._is_last)
+        return self._model.head(after_BSD) if self._is_last else after_BSD
+
+
 class PipelinedTransformer:
     """The forward pass over `devices`; in and out are on the first one.
 
     Args:
-        load_stage: gives a reader of the named weights on a device.
+        load_stage: see Stage.
     """
 
     def __init__(
@@ -48,24 +69,25 @@ class PipelinedTransformer:
         self.params = params
         self.device = devices[0]
         self.dtype = dtype
-        self._layers = split_layers(params.n_layers, len(devices))
         self._stages = [
-            Transformer(params, load_stage(stage_names(params, layers), device), device, dtype)
-            for layers, device in zip(self._layers, devices, strict=True)
+            Stage(params, layers, load_stage, device, dtype)
+            for layers, device in zip(split_layers(params.n_layers, len(devices)), devices, strict=True)
         ]
 
     @torch.inference_mode()
     def last_logits(self, inputs_BSD: torch.Tensor) -> torch.Tensor:
         """Logits of the last position, (B, V) float32."""
-        num_parts = min(len(inputs_BSD), MICRO_BATCHES_A_STAGE * len(self._stages))
-        parts = torch.tensor_split(inputs_BSD, num_parts)
-        return torch.cat([self._through(part_BSD) for part_BSD in parts])
+        return torch.cat([self._through(part_BSD) for part_BSD in micro_batches(inputs_BSD, len(self._stages))])
 
     def _through(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        for stage, layers in zip(self._stages, self._layers, strict=True):
-            moved_BSD = hidden_BSD.to(stage.device, non_blocking=True)
-            hidden_BSD = stage.blocks(moved_BSD, layers, with_last=stage is self._stages[-1])
-        return self._stages[-1].head(hidden_BSD).to(self.device, non_blocking=True)
+        for stage in self._stages:
+            hidden_BSD = stage(hidden_BSD)
+        return hidden_BSD.to(self.device, non_blocking=True)
+
+
+def micro_batches(inputs_BSD: torch.Tensor, num_stages: int) -> Sequence[torch.Tensor]:
+    """A batch in as many pieces as keep `num_stages` busy, and no empty ones."""
+    return torch.tensor_split(inputs_BSD, min(len(inputs_BSD), MICRO_BATCHES_A_STAGE * num_stages))
 
 
 def stage_names(params: ModelParams, layers: range) -> frozenset[str]:

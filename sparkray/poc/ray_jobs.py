@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _check_server(config: PocConfig, num_nonces: int, server: str) -> ServerResu
     import torch
 
     from sparkray.hardware.probes import read_gpus, read_memory
-    from sparkray.poc.groups import create_gpu_groups, get_min_group_vram
+    from sparkray.poc.groups import device_vram, share_devices
     from sparkray.poc.local import make_engine
 
     started = time.perf_counter()
@@ -151,7 +152,7 @@ def _check_server(config: PocConfig, num_nonces: int, server: str) -> ServerResu
     again = make_engine(other).distances(config.public_key, range(num_nonces))
     memory = read_memory().total_bytes
     vram = [(gpu.memory_total_bytes or memory) / 2**30 for gpu in read_gpus()]
-    groups = create_gpu_groups(vram, get_min_group_vram(config.params, config.weights))
+    groups = share_devices(vram, partial(device_vram, config.params, config.weights))
     on_cuda = engine.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return ServerResult(

@@ -48,12 +48,28 @@ def test_devices_by_name() -> None:
 
 
 def test_gpus_of_several_nodes_make_groups_within_each() -> None:
-    shapes = gpu_shapes([[80.0, 80.0], [], [24.0, 24.0, 24.0]], 40.0, 2.0)
+    shapes = gpu_shapes([[80.0, 80.0], [], [24.0, 24.0, 24.0]], lambda count: 40.0 / count, 2.0)
     assert [shape.num_gpus for shape in shapes] == [1, 1, 2]
-    assert shapes[2].bundle == {"CPU": 2.0, "GPU": 2.0}
-    assert GroupShape(0, 1.5).bundle == {"CPU": 1.5}
-    with pytest.raises(UnavailableError, match=r"needs 40.0 GiB .* \[\[24.0\], \[16.0\]\]"):
-        gpu_shapes([[24.0], [16.0]], 40.0, 1.0)
+    assert shapes[2].bundles == [{"CPU": 2.0, "GPU": 2.0}]
+    assert GroupShape(0, 1.5).bundles == [{"CPU": 1.5}]
+    with pytest.raises(UnavailableError, match=r"40.0 GiB in 1, 20.0 GiB in 2, .* \[\[19.0, 30.0\], \[16.0\]\]"):
+        gpu_shapes([[19.0, 30.0], [16.0]], lambda count: 40.0 / count, 1.0)
+
+
+def test_nodes_share_a_group_where_that_is_asked_for() -> None:
+    def needed(count: int) -> float:
+        return 200.0 / count
+
+    one_gb10_each = [[119.0]] * 5
+    with pytest.raises(UnavailableError, match=r"200\.0 GiB in 1"):
+        gpu_shapes(one_gb10_each, needed, 1.0)
+    shapes = gpu_shapes(one_gb10_each, needed, 3.0, num_nodes=2)
+    # The fifth has no partner.
+    assert [shape.bundles for shape in shapes] == [[{"CPU": 3.0, "GPU": 1.0}] * 2] * 2
+    # Blocks are shared evenly: two devices of 50 of the one node make two of the other work, though one held half.
+    assert [shape.num_gpus for shape in gpu_shapes([[50.0] * 4, [100.0] * 3], needed, 1.0, 2)] == [2]
+    with pytest.raises(UnavailableError, match="of each of 3 nodes"):
+        gpu_shapes([[119.0], [119.0]], needed, 1.0, num_nodes=3)
 
 
 def test_generate_keeps_the_valid_ones_of_this_node() -> None:
@@ -212,6 +228,16 @@ def test_watching_a_service_that_is_not_there_says_what_to_do() -> None:
 @pytest.mark.parametrize("kind", [PocNonceRateConfig, PocCrossCheckConfig])
 def test_jobs_run_without_any_settings(kind: type[PocNonceRateConfig] | type[PocCrossCheckConfig]) -> None:
     assert kind().poc.params == V1
+    # Nor do other settings take the seeds away.
+    some = load_settings(kind, overrides=["poc.device=cpu"]).poc
+    assert (some.block_hash, some.public_key, some.device) == (kind().poc.block_hash, kind().poc.public_key, "cpu")
+
+
+@pytest.mark.parametrize("text", ["0xabc123", "0012", "1234", "12_3"])
+def test_a_hash_that_reads_like_a_number_stays_as_it_was_written(text: str) -> None:
+    names = [f"block_hash={text}", f"public_key={text}", "node_id=1", "node_count=2"]
+    config = load_settings(PocConfig, overrides=names)
+    assert (config.block_hash, config.public_key, config.node_id) == (text, text, 1)
 
 
 def test_shipped_settings_are_read() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparkray.config.poc import V1, V2, ModelParams, WeightsConfig
 from sparkray.errors import InputError, UnavailableError
 from sparkray.poc.batch_size import batch_size_v1, batch_size_v2
-from sparkray.poc.groups import create_gpu_groups, get_min_group_vram, network_min_group_vram
+from sparkray.poc.groups import create_gpu_groups, device_vram, get_min_group_vram, network_min_group_vram
 from sparkray.poc.nonces import NonceIterator
 from sparkray.poc.phases import Phase, PowState, pow_state
 from sparkray.poc.proofs import InValidation, ProofBatch, ValidatedBatch
@@ -184,6 +184,16 @@ def test_memory_of_a_group() -> None:
     # Eight pools of 5 % are 40 % of the model.
     assert difference == pytest.approx(0.6 * 2 * V2.num_params / 1024**3)
     assert get_min_group_vram(V1, pool) < get_min_group_vram(V1, pool, batch_size=64)
+
+
+def test_memory_of_a_device_that_shares_the_blocks() -> None:
+    size = 2 * V2.num_params / 1024**3
+    beside = get_min_group_vram(V2, WeightsConfig()) - 0.4 * size
+    # With two the eight shifted pools are still less than a pool and half of the blocks; with eight they are not.
+    assert device_vram(V2, WeightsConfig(), 2) == pytest.approx(0.4 * size + beside)
+    assert device_vram(V2, WeightsConfig(), 8) == pytest.approx((0.125 + 0.05) * size + beside)
+    sequential = WeightsConfig(name="sequential", pool_fraction=None)
+    assert device_vram(V2, sequential, 4) == pytest.approx(0.25 * size + beside)
 
 
 def test_states_of_phases() -> None:
