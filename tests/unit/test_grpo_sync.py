@@ -176,6 +176,22 @@ def test_a_skipped_push_is_found_below_the_bound(model_path: Path) -> None:
         canary.check(1, run.score(), engine.score())
 
 
+def test_a_layer_that_stays_behind_is_found_below_the_bound() -> None:
+    """Numbers of one layer of 30 in a step of full fine-tuning: far from the bound, and far from rounding."""
+    canary, zero = Canary(SyncConfig(), fp32=True), torch.zeros(4)
+    canary.check(0, zero, zero + 4e-5)
+    moved = zero + 0.04
+    canary.check(1, moved, moved + 6e-5)
+    with pytest.raises(WeightSyncError, match="did not follow"):
+        canary.check(2, moved + 0.04, moved + 0.04 + 6e-4)
+
+
+def test_rounding_that_grows_slowly_passes() -> None:
+    canary, zero = Canary(SyncConfig(), fp32=True), torch.zeros(4, dtype=torch.float64)
+    for step, gap in enumerate((2e-5, 5e-5, 1.1e-4, 3e-4, 9e-4)):
+        assert canary.check(step, zero + 0.01 * step, zero + 0.01 * step + gap).alarm is None
+
+
 def test_bf16_alarms_on_growth_and_goes_on() -> None:
     canary = Canary(SyncConfig(max_growth=3.0), fp32=False)
     zero = torch.zeros(4)
