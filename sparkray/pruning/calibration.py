@@ -15,7 +15,8 @@ from sparkray.config.pruning import CalibrationConfig
 from sparkray.errors import InputError, NotFoundError, UsageError
 from sparkray.pruning.calibration_sources import CalibrationSource, dataset_rows, parse_sources
 
-_TEXT_KEYS = ("prompt", "text", "question", "input", "content")
+_TEXT_KEYS = ("prompt", "text", "question", "input", "content", "instruction")
+_ROW_KEYS = ("messages", "input_ids", "attention_mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def read_calibration(
 
     A row is a text, an object with one of prompt/text/question/input/content or `messages`, or token ids
     (`input_ids`, with an optional `attention_mask`). One object whose `input_ids` are nested lists of rows holds
-    them all. A .txt file has one text a line.
+    them all. Rows may stand in a list, in one list a category, or under a name each. A .txt file has one text a line.
 
     Args:
         source: the file, or a text such as `a.json,reasoning-gym[chain_sum]:64`.
@@ -129,7 +130,7 @@ def _source_rows(source: Path | str, config: CalibrationConfig) -> Iterator[tupl
 
 def _rows(path: Path) -> Iterator[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as failure:
         raise NotFoundError(f"the calibration file {path} does not exist.") from failure
     except (OSError, UnicodeDecodeError) as failure:
@@ -160,11 +161,20 @@ def _flatten(data: Any, path: Path) -> Iterator[Any]:
     if isinstance(data, dict) and isinstance(data.get("input_ids"), list):
         yield from _rows_of_ids(data["input_ids"], data.get("attention_mask"), path)
         return
-    lists = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else []
-    if not lists:
+    values = list(data.values()) if isinstance(data, dict) else []
+    lists = [value for value in values if isinstance(value, list)]
+    nested = [value for value in values if isinstance(value, dict)]
+    if lists:
+        for rows in lists:  # one list, or one a category
+            yield from rows
+    elif nested:
+        for inside in nested:  # rows by name, or categories of them
+            has_rows = any(isinstance(value, list | dict) for key, value in inside.items() if key not in _ROW_KEYS)
+            yield from _flatten(inside, path) if has_rows else [inside]
+    elif values and all(isinstance(value, str) for value in values):
+        yield from values
+    else:
         raise InputError(f"{path} holds neither a list of rows nor an object with lists of them.")
-    for rows in lists:  # one list, or one a category
-        yield from rows
 
 
 def _rows_of_ids(ids: list[Any], masks: Any, path: Path) -> Iterator[dict[str, Any]]:

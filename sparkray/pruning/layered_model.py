@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from sparkray.config.pruning import DtypeName
-from sparkray.errors import InputError
+from sparkray.errors import InputError, UnavailableError, UsageError
 from sparkray.pruning.checkpoint import Checkpoint
 from sparkray.pruning.families import text_config
 from sparkray.pruning.layout import layer_of
@@ -49,7 +49,7 @@ class LayeredModel:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = open_device(device)
         config = AutoConfig.from_pretrained(checkpoint.directory)
         # The weights arrive dense, so transformers must not look for a quantiser.
         for part in (config, config.get_text_config()):
@@ -195,6 +195,29 @@ def resolve_dtype(name: DtypeName, checkpoint: Checkpoint) -> torch.dtype:
         name = stated if stated in ("float32", "bfloat16", "float16") else "bfloat16"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        UsageError: torch knows no such name.
+        UnavailableError: this machine, or this build of torch, has none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as failure:
+        raise UsageError(
+            f"{name!r} is no device of torch.", hint="Say `cpu`, `cuda`, or `cuda:1` for the second GPU."
+        ) from failure
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as failure:
+        raise UnavailableError(
+            f"the device {name!r} cannot be used here: {str(failure).splitlines()[0]}.",
+            hint="Take --device cpu, or install torch for that device.",
+        ) from failure
+    return device
 
 
 def _find_layers(model: Any) -> str:

@@ -11,7 +11,7 @@ from sparkray.config.pruning import ObserveConfig
 from sparkray.pruning.calibration import CalibrationSet, CalibrationShard, TokenSequence
 from sparkray.pruning.checkpoint import Checkpoint
 from sparkray.pruning.families import text_config
-from sparkray.pruning.layered_model import LayeredModel, resolve_dtype
+from sparkray.pruning.layered_model import LayeredModel, open_device, resolve_dtype
 from sparkray.pruning.layout import read_layout
 from sparkray.pruning.observe import ExpertObserver
 from sparkray.pruning.partials import ObservationKey, PartialStore
@@ -152,7 +152,7 @@ def micro_batches(sequences: Sequence[TokenSequence], size: int) -> Iterator[Mic
 
 def available_bytes(device: str) -> int:
     """Memory of this machine that a model on `device` may take."""
-    if device.startswith("cuda"):
+    if open_device(device).type == "cuda":
         # Unified memory reports the machine's: the smaller of the two is what can be used.
         return min(torch.cuda.mem_get_info(device)[0], psutil.virtual_memory().available)
     return psutil.virtual_memory().available

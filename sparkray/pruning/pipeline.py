@@ -18,6 +18,7 @@ from typing import Any
 from sparkray.config.pruning import CalibrationConfig, ObserveConfig, PlanConfig, PruneConfig, ValidateConfig
 from sparkray.pruning.calibration import CalibrationSet, read_calibration
 from sparkray.pruning.checkpoint import Checkpoint, write_atomically
+from sparkray.pruning.families import text_config
 from sparkray.pruning.heatmap import write_heatmap
 from sparkray.pruning.layout import read_layout
 from sparkray.pruning.observation import Progress, observation_key, observe
@@ -46,7 +47,10 @@ def default_work(model: Path, source: str) -> Path:
 
 
 def load_data(checkpoint: Checkpoint, source: Path | str, config: CalibrationConfig) -> CalibrationSet:
-    """A calibration set, read with the model's own tokenizer."""
+    """A calibration set, read with the model's own tokenizer and cut, where it is cut, to the model's context."""
+    context = text_config(checkpoint.config, checkpoint.family).get("max_position_embeddings")
+    if config.long_text != "refuse" and isinstance(context, int) and context < config.max_sequence_tokens:
+        config = config.model_copy(update={"max_sequence_tokens": context})
     return read_calibration(source, config, tokenizer_of(checkpoint.directory))
 
 

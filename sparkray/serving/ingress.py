@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from ray.llm._internal.serve.core.configs.openai_api_models import TokenizeChatRequest, TokenizeCompletionRequest
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.llm._internal.serve.utils.broadcast import broadcast
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
@@ -62,6 +63,14 @@ class SparkrayIngress(OpenAiIngress):
         if last["kind"] == "error":
             return JSONResponse({"error": last["error"]}, status_code=last["status"])
         return JSONResponse(last["report"])
+
+    async def tokenize(self, body: TokenizeChatRequest | TokenizeCompletionRequest, request: Request) -> Response:
+        """Ids and number of the tokens of a text, or of messages under the model's chat template.
+
+        Ray's own route refuses messages, though its replicas take them.
+        """
+        answer: Response = await super().tokenize(body, request)
+        return answer
 
     async def trace(self, request_id: str) -> Response:
         """The trace of one request: whole when it has ended, what there is so far while it runs."""

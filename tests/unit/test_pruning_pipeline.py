@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 
 from sparkray.cli.prune import app
 from sparkray.config.pruning import CalibrationConfig, ValidateConfig
-from sparkray.errors import InputError, NotFoundError, SparkrayError, UsageError, exit_code
+from sparkray.errors import InputError, NotFoundError, SparkrayError, UnavailableError, UsageError, exit_code
 from sparkray.pruning.calibration import read_calibration
 from sparkray.pruning.checkpoint import Checkpoint
 from sparkray.pruning.observation import check_data
+from sparkray.pruning.pipeline import load_data
 from sparkray.pruning.tokenize import tokenizer_of
 from sparkray.pruning.validate import CheckFailedError, Comparison, compare, require_bounds
 
@@ -177,6 +178,9 @@ def test_calibration_rows_in_every_form(model: Path, tmp_path: Path) -> None:
         "b.json": json.dumps(["w1 w2 w3", {"prompt": "w4 w5"}]),
         "c.jsonl": '{"text": "w1 w2 w3"}\n{"input_ids": [4, 5]}\n',
         "d.json": json.dumps({"prompts": [{"question": "w1 w2 w3"}, "w4 w5"]}),
+        "f.json": json.dumps({"first": {"instruction": "w1 w2 w3"}, "second": {"messages": None, "text": "w4 w5"}}),
+        "g.json": json.dumps({"easy": {"a": {"prompt": "w1 w2 w3"}}, "hard": {"b": ["w4 w5"]}}),
+        "h.json": "\ufeff" + json.dumps({"first": "w1 w2 w3", "second": "w4 w5"}),
         "e.json": json.dumps({"input_ids": [[1, 2, 3], [4, 5, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}),
     }
     for name, text in files.items():
@@ -229,6 +233,24 @@ def test_text_longer_than_the_context(model: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({"input_ids": [3, VOCAB]}))
     with pytest.raises(InputError, match="outside of the model's"):
         check_data(Checkpoint(model), read_calibration(path, CalibrationConfig()))
+
+
+def test_texts_are_cut_to_a_context_shorter_than_the_longest_sequence(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([" ".join(["w3"] * (CONTEXT + 9))]))
+    lengths = {
+        rule: [len(row.ids) for row in load_data(Checkpoint(model), path, CalibrationConfig(long_text=rule)).sequences]
+        for rule in ("truncate", "split", "refuse")
+    }
+    assert lengths == {"truncate": [CONTEXT], "split": [CONTEXT, 9], "refuse": [CONTEXT + 9]}
+
+
+@pytest.mark.parametrize(("device", "kind"), [("banana", UsageError), ("cuda:77", UnavailableError)])
+def test_a_device_that_is_not_there_is_told(
+    device: str, kind: type[SparkrayError], model: Path, texts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=device):
+        run("observe", model, "--data", texts, "--device", device, "--work", tmp_path)
 
 
 def test_an_impossible_ratio_is_refused_before_observing(model: Path, texts: Path, tmp_path: Path) -> None:
