@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 MARK = "SPARKRAY_CLUSTER_ID"
+# Within this time a program that was started shows its environment, on the busiest machine.
+_EXEC_SECONDS = 10.0
 
 
 def spawn(command: Sequence[str], *, mark: str, env: Mapping[str, str], log_path: Path) -> int:
@@ -30,6 +32,11 @@ def spawn(command: Sequence[str], *, mark: str, env: Mapping[str, str], log_path
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    # The kernel lays the new environment out a moment after Popen learns that the program runs; until then the process
+    # looks like another's.
+    deadline = time.monotonic() + _EXEC_SECONDS
+    while process.poll() is None and not is_alive(process.pid, mark) and time.monotonic() < deadline:
+        time.sleep(0.005)
     return process.pid
 
 

@@ -24,6 +24,9 @@ from sparkray.cluster.processes import end_marked, free_port, is_alive, marked, 
 from sparkray.config.cluster import ClusterConfig
 from sparkray.errors import BusyError, NotFoundError, UnavailableError, UsageError, WaitTimeoutError
 
+# What Ray writes when its own node was not up within the time that it gives it.
+_GAVE_UP = "The current node timed out during startup"
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -165,6 +168,20 @@ def _start(config: ClusterConfig, name: str) -> Session:
                     hint=f"End it by `sparkray serve down --name {name}`, or choose another --name.",
                 )
             end_session(old)
+    deadline = time.monotonic() + config.start_timeout_seconds
+    while True:
+        try:
+            return _start_once(config, name, deadline)
+        except _SlowNodeError:
+            if time.monotonic() > deadline:
+                raise
+
+
+class _SlowNodeError(UnavailableError):
+    """Ray gave its own node up: it waits for 30 s and cannot be told otherwise, and a busy machine needs more."""
+
+
+def _start_once(config: ClusterConfig, name: str, deadline: float) -> Session:
     mark = secrets.token_hex(8)
     # Short, because Ray puts Unix sockets below it and their paths are limited to 107 bytes.
     temp_dir = Path(tempfile.mkdtemp(prefix="spk-"))
@@ -194,7 +211,7 @@ def _start(config: ClusterConfig, name: str) -> Session:
         )
         session = Session(**{**asdict(session), "pid": pid})
         save_session(session)
-        _wait_ready(session, config.start_timeout_seconds)
+        _wait_ready(session, deadline, config.start_timeout_seconds)
     except BaseException:
         end_session(session)
         raise
@@ -266,12 +283,12 @@ def head_command(config: ClusterConfig, port: int, dashboard_port: int, temp_dir
     return command
 
 
-def _wait_ready(session: Session, timeout_seconds: float) -> None:
+def _wait_ready(session: Session, deadline: float, timeout_seconds: float) -> None:
     host, _, port = session.address.rpartition(":")
-    deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         if not session.alive:
-            raise UnavailableError(f"the Ray head ended while starting; its last lines: {_log_tail(session)}")
+            kind = _SlowNodeError if _GAVE_UP in _log_text(session) else UnavailableError
+            raise kind(f"the Ray head ended while starting; its last lines: {_log_tail(session)}")
         try:
             with socket.create_connection((host, int(port)), timeout=1):
                 # The control store answers first; the node registers a moment later and says so in the log.

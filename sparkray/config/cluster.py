@@ -18,4 +18,4 @@ class ClusterConfig(Settings):
     object_store_gib: float = Field(0.5, gt=0.08, description="Shared with the model on unified memory: kept small.")
     dashboard: bool = True
     dashboard_port: int = Field(8265, ge=1, le=65535)
-    start_timeout_seconds: float = Field(120.0, gt=0)
+    start_timeout_seconds: float = Field(180.0, gt=0)

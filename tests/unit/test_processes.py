@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sparkray.cluster import processes
 from sparkray.cluster.processes import end_marked, free_port, is_alive, marked, port_is_free, spawn
 
 # A child that ignores TERM, under a parent that exits at once: an orphan that only the mark names.
@@ -53,6 +54,17 @@ def test_a_stubborn_orphan_is_ended_and_a_bystander_is_not(tmp_path: Path) -> No
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_what_was_spawned_is_known_as_ours_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment after the program began its environment reads as empty; nobody may take it for dead then."""
+    looks = iter([False, False])
+    carries = processes._carries
+    monkeypatch.setattr(processes, "_carries", lambda *asked: next(looks, None) is None and carries(*asked))
+    mark = f"test-{os.getpid()}-{time.time_ns()}"
+    pid = spawn(["sleep", "60"], mark=mark, env={}, log_path=tmp_path / "log")
+    assert is_alive(pid, mark)
+    assert end_marked(mark, first=pid) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux shows a process's environment")
