@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -14,11 +15,19 @@ from pathlib import Path
 import torch
 
 from sparkray.errors import InputError, UsageError
-from sparkray.pruning.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry, write_atomically
+from sparkray.pruning.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    TensorEntry,
+    fsync_directory,
+    write_atomically,
+)
 from sparkray.pruning.mxfp4 import quantise_mxfp4
 from sparkray.pruning.tensors import read_tensor
 
 _EXPERT_WEIGHT = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
+_MARK_NAME = ".requantize"
 _FLOATING = ("F32", "F16", "BF16")
 QUANTIZATION_CONFIG = {
     "quant_method": "mxfp4",
@@ -44,7 +53,8 @@ class _NewTensor:
 def requantise(source: Path, target: Path, progress: Progress | None = None) -> int:
     """Write `source` to `target` with its experts in MXFP4 and everything else in bfloat16.
 
-    One tensor is held in memory. Values that came from MXFP4 come back as the same values.
+    One tensor is held in memory. Values that came from MXFP4 come back as the same values. A killed run goes on with
+    the shards that are missing: a shard has its name only when it is whole.
 
     Returns:
         Bytes of the new shards.
@@ -65,19 +75,31 @@ def requantise(source: Path, target: Path, progress: Progress | None = None) -> 
     if target.exists():
         raise UsageError(f"the output directory {target} exists.", hint="Name another one with --out, or remove it.")
     building = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    _open_building(building, checkpoint)
     weight_map: dict[str, str] = {}
     total = 0
     for number, (shard, header) in enumerate(checkpoint.headers.items(), 1):
         new = [tensor for entry in header.tensors for tensor in _new_tensors(entry)]
         weight_map |= {tensor.name: shard for tensor in new}
-        total += _write(checkpoint, building / shard, header.tensors, new)
+        total += sum(tensor.num_bytes for tensor in new)
+        if not (building / shard).is_file():
+            _write(checkpoint, building / shard, header.tensors, new)
         if progress is not None:
             progress(number, len(checkpoint.headers))
     _write_rest(checkpoint, building, weight_map, total)
+    (building / _MARK_NAME).unlink()
     building.replace(target)
+    fsync_directory(target.parent)
     return total
+
+
+def _open_building(building: Path, checkpoint: Checkpoint) -> None:
+    """Keep what an interrupted run over the same model has finished, and nothing else."""
+    mark = building / _MARK_NAME
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != checkpoint.identity:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        write_atomically(mark, checkpoint.identity.encode())
 
 
 def _new_tensors(entry: TensorEntry) -> list[_NewTensor]:
@@ -94,7 +116,7 @@ def _new_tensors(entry: TensorEntry) -> list[_NewTensor]:
     ]
 
 
-def _write(checkpoint: Checkpoint, path: Path, entries: tuple[TensorEntry, ...], new: list[_NewTensor]) -> int:
+def _write(checkpoint: Checkpoint, path: Path, entries: tuple[TensorEntry, ...], new: list[_NewTensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in new:
@@ -103,7 +125,8 @@ def _write(checkpoint: Checkpoint, path: Path, entries: tuple[TensorEntry, ...],
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             if _EXPERT_WEIGHT.search(entry.name):
@@ -116,7 +139,9 @@ def _write(checkpoint: Checkpoint, path: Path, entries: tuple[TensorEntry, ...],
                 file.write(values.view(torch.uint8).numpy().data)
             else:
                 file.write(checkpoint.read(entry.name))
-    return offset
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _write_rest(checkpoint: Checkpoint, building: Path, weight_map: dict[str, str], total: int) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_moe import FAMILIES, NUM_EXPERTS, read_inputs, write_inputs, write_tiny
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from sparkray.config.pruning import CalibrationConfig, ObserveConfig, PlanConfig
 from sparkray.errors import InputError, NotFoundError, UnavailableError, UsageError
@@ -352,10 +356,49 @@ def test_gpt_oss_stays_mxfp4_and_dequantises_to_the_kept_experts(inputs: Path, t
             old = dequantise_mxfp4(before[f"{name}_blocks"], before[f"{name}_scales"], torch.float32)
             new = dequantise_mxfp4(after[f"{name}_blocks"], after[f"{name}_scales"], torch.float32)
             assert torch.equal(new, old[list(kept)])
+            theirs = convert_moe_packed_tensors(after[f"{name}_blocks"], after[f"{name}_scales"], dtype=torch.float32)
+            assert torch.equal(new.transpose(1, 2), theirs)
             assert torch.equal(after[f"{name}_bias"], before[f"{name}_bias"][list(kept)])
     assert (
         json.loads((tmp_path / "pruned" / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
     )
+
+
+KILLED_WHILE_QUANTISING = """
+import os, signal, sys
+from pathlib import Path
+from sparkray.pruning import requantise
+
+quantise, calls = requantise.quantise_mxfp4, 0
+
+def killing(weight):
+    global calls
+    calls += 1
+    if calls == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return quantise(weight)
+
+requantise.quantise_mxfp4 = killing
+requantise.requantise(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_kill_nine_while_quantising_goes_on_with_the_missing_shards(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path / "bf16", "gpt_oss", max_shard_size="60KB")
+    requantise(directory, tmp_path / "whole")
+    command = [sys.executable, "-c", KILLED_WHILE_QUANTISING, str(directory), str(tmp_path / "out")]
+    assert subprocess.run(command, timeout=240, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert 0 < len(finished) < len(list((tmp_path / "whole").glob("*.safetensors")))
+    requantise(directory, tmp_path / "out")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    for path, written in finished.items():
+        assert (tmp_path / "out" / path.name).stat().st_mtime_ns == written
 
 
 def test_an_mxfp4_forward_equals_that_of_its_dense_values(inputs: Path, tmp_path: Path) -> None:
