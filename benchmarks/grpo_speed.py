@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-NUM_PROMPTS, NUM_GENERATIONS, COMPLETION_TOKENS = 8, 8, 32
+NUM_PROMPTS, NUM_GENERATIONS, COMPLETION_TOKENS = 4, 8, 32
 LORA_RANK, LORA_ALPHA, LORA_LAYERS, RATE = 16, 32.0, (20, 30), 1e-4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TOLD = "RESULT "
@@ -210,8 +210,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of both sides")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn, the first of which does not count")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of both sides")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn, the first of which does not count")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

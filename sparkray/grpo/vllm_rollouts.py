@@ -107,10 +107,15 @@ class VllmRollouts:
         return [entry[token].logprob for token, entry in scored]
 
     async def begin(self) -> None:
-        """Hold generation and make ready for tensors; what is under way goes on after `finish`."""
+        """Hold generation and make ready for tensors; what is under way goes on after `finish`.
+
+        A push whose sender died half-way is closed first: vLLM begins no other before.
+        """
         self.version = NO_VERSION
         await self._engine.pause_generation(mode="keep", clear_cache=False)
         if not self._by_adapter:
+            if self._loading:
+                await self._engine.finish_weight_update(weight_version=str(NO_VERSION))
             await self._engine.start_weight_update()
         self._loading = True
 
@@ -122,6 +127,9 @@ class VllmRollouts:
         path = write_shared(payload, str(next(self._numbers)))
         try:
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
+        except Exception:
+            self._loading = False  # the worker has given the push up, whatever went wrong
+            raise
         finally:
             path.unlink()
 
