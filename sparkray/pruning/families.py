@@ -60,13 +60,24 @@ FAMILIES: Mapping[str, Family] = {
         Family("ernie4_5_moe", router=("gate.weight", "moe_statics.e_score_correction_bias")),
         Family("glm4_moe", router=_BIASED_GATE),
         # The same contract, one line each.
+        Family("afmoe", router=("router.gate.weight", "expert_bias")),
         Family("deepseek_v3", router=_BIASED_GATE),
+        Family("deepseek_v32", router=_BIASED_GATE),
         Family("dots1", router=_BIASED_GATE),
+        Family("exaone_moe", router=("gate.weight", "e_score_correction_bias")),
+        Family("flex_olmo"),
         Family("glm4_moe_lite", router=_BIASED_GATE),
+        Family("hunyuan_v1_moe", router=("gate.wg.weight",)),
+        Family("jamba", block="feed_forward", router=("router.weight",)),
+        Family("lfm2_moe", block="feed_forward", router=("gate.weight", "expert_bias")),
+        Family("mimo_v2_flash", router=_BIASED_GATE),
         Family("minimax_m2", block="block_sparse_moe", router=("gate.weight", "e_score_correction_bias")),
         Family("olmoe"),
+        Family("phimoe", block="block_sparse_moe"),
         Family("qwen2_moe"),
+        Family("qwen3_5_moe_text"),
         Family("qwen3_next"),
+        Family("solar_open", router=_BIASED_GATE),
     )
 }
 
