@@ -23,11 +23,11 @@ from sparkray.poc.actors import RayFleet, start_fleet
 from sparkray.poc.compare import ServerResult, cross_check
 from sparkray.poc.fleet.ledger import Ledger
 from sparkray.poc.fleet.messages import Run
+from sparkray.poc.fleet.proof_file import ProofFile
 from sparkray.poc.phases import Phase
 
 ShowStatus = Callable[[dict[str, Any]], None]
 _LOOK_SECONDS = 0.5
-_DRAIN_ROWS = 1000
 
 
 def run_of(config: PocConfig) -> Run:
@@ -54,15 +54,15 @@ def generate_to_file(config: PocGenerateConfig, show: ShowStatus) -> dict[str, A
     output.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(output.with_name(output.name + ".ledger"))
     started = time.monotonic()
-    with _fleet(run_of(config.poc), ledger, config.fleet) as fleet, output.open("a", encoding="utf-8") as lines:
+    with ProofFile(output, ledger) as proofs, _fleet(run_of(config.poc), ledger, config.fleet) as fleet:
         _wait_loaded(fleet, config.start_timeout_seconds)
         fleet.change_phase(Phase.GENERATE, config.fleet.phase_timeout_seconds)
         while fleet.controller.monitor.num_total < config.count:
-            _drain(ledger, lines)
+            proofs.drain()
             show(_status(fleet))
             time.sleep(_LOOK_SECONDS)
         drained = fleet.stop(config.fleet.stop_timeout_seconds)
-        _drain(ledger, lines)
+        proofs.drain()
         summary = _status(fleet)
     ledger.close()
     return {
@@ -117,9 +117,10 @@ def check_servers(config: PocCrossCheckConfig) -> dict[str, Any]:
         WaitTimeoutError: a node did not answer in time.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    task = ray.remote(_check_server).options(max_retries=0)
+    task = ray.remote(_check_server)
     refs = [
         task.options(
+            max_retries=0,
             num_cpus=config.num_cpus,
             num_gpus=1 if node["Resources"].get("GPU", 0) >= 1 and config.poc.device != "cpu" else 0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
@@ -198,15 +199,6 @@ def _status(fleet: RayFleet) -> dict[str, Any]:
 def _computed(fleet: RayFleet) -> list[int]:
     with fleet.locked():
         return [seat.cursor for seat in fleet.controller.seats]
-
-
-def _drain(ledger: Ledger, lines: Any) -> None:
-    while deliveries := ledger.due(time.time(), _DRAIN_ROWS):
-        lines.writelines(f"{delivery.body}\n" for delivery in deliveries)
-        lines.flush()
-        os.fsync(lines.fileno())
-        for delivery in deliveries:
-            ledger.mark_sent(delivery)
 
 
 def _within_visible_devices(config: PocServiceConfig, visible: str | None) -> PocServiceConfig:

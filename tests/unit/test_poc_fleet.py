@@ -26,6 +26,7 @@ from sparkray.errors import BusyError, InputError, UnavailableError
 from sparkray.poc.fleet.barrier import Barrier
 from sparkray.poc.fleet.ledger import Ledger, read_cursors, resume_cursors
 from sparkray.poc.fleet.messages import Ack, CheckChunk, GeneratedPart, GroupPlace
+from sparkray.poc.fleet.proof_file import ProofFile
 from sparkray.poc.fleet.work_pool import WorkPool
 from sparkray.poc.fleet.worker import GroupWorker
 from sparkray.poc.phases import Phase
@@ -285,6 +286,48 @@ def test_a_callback_is_kept_until_it_is_marked_and_the_same_key_enters_once(tmp_
     assert [(delivery.key, delivery.attempts) for delivery in ledger.due(20.0, 10)] == [("k1", 1)]
     ledger.enqueue("k2", "http://host/generated", {"b": 2})
     assert ledger.num_unsent() == 1
+
+
+def test_a_file_of_proofs_holds_each_body_once_whatever_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "ledger.sqlite", tmp_path / "proofs.jsonl"
+
+    def lines() -> list[int]:
+        return [json.loads(line)["number"] for line in out.read_text().splitlines()]
+
+    def enqueue(*numbers: int) -> None:
+        for number in numbers:
+            ledger.enqueue(f"key-{number}", "/generated", {"number": number})
+
+    ledger = Ledger(path)
+    enqueue(0, 1)
+    with ProofFile(out, ledger) as proofs:
+        assert proofs.drain() == 2
+        enqueue(2)
+        # Written, and the process ends before the ledger knows.
+        monkeypatch.setattr(ledger, "hand_over", lambda *_: (_ for _ in ()).throw(UnavailableError("ended")))
+        with pytest.raises(UnavailableError, match="ended"):
+            proofs.drain()
+    assert lines() == [0, 1, 2]
+    ledger.close()
+    with out.open("a") as half:
+        half.write('{"number": 9')
+
+    ledger = Ledger(path)
+    enqueue(3)
+    with ProofFile(out, ledger) as proofs:
+        assert lines() == [0, 1]
+        assert proofs.drain() == 2
+    assert lines() == [0, 1, 2, 3]
+    assert ledger.num_unsent() == 0
+    # A file that was taken away begins anew; what was in it is not written again.
+    out.unlink()
+    enqueue(4)
+    with ProofFile(out, ledger) as proofs:
+        proofs.drain()
+    assert lines() == [4]
+    ledger.close()
 
 
 def test_a_ledger_that_cannot_be_opened_says_so(tmp_path: Path) -> None:

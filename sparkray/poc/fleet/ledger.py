@@ -136,7 +136,7 @@ class Ledger:
             UnavailableError: it was not written.
         """
         with _Transaction(self._db, self._lock) as db:
-            db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(dict(body))))
+            _remember(db, name, body)
 
     def recall(self, name: str) -> dict[str, Any] | None:
         """The note of that name."""
@@ -160,6 +160,12 @@ class Ledger:
         with _Transaction(self._db, self._lock) as db:
             db.execute("UPDATE outbox SET sent = 1, body = '' WHERE sequence = ?", (delivery.sequence,))
             db.execute("DELETE FROM outbox WHERE sent = 1 AND sequence <= ?", (delivery.sequence - _KEPT_SENT,))
+
+    def hand_over(self, deliveries: Sequence[Delivery], name: str, body: Mapping[str, Any]) -> None:
+        """The receiver has all of them; and a note of how far it is, in the same transaction."""
+        with _Transaction(self._db, self._lock) as db:
+            db.executemany("DELETE FROM outbox WHERE sequence = ?", [(each.sequence,) for each in deliveries])
+            _remember(db, name, body)
 
     def mark_failed(self, delivery: Delivery, due: float, error: str) -> None:
         """Try again at `due`."""
@@ -236,3 +242,7 @@ def read_cursors(path: Path) -> list[tuple[str, int, int, int]]:
 
 def _enqueue(db: sqlite3.Connection, key: str, url: str, body: Mapping[str, Any]) -> None:
     db.execute("INSERT OR IGNORE INTO outbox (key, url, body) VALUES (?, ?, ?)", (key, url, json.dumps(dict(body))))
+
+
+def _remember(db: sqlite3.Connection, name: str, body: Mapping[str, Any]) -> None:
+    db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(dict(body))))
