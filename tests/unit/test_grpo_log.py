@@ -35,7 +35,7 @@ def test_the_embedded_settings_come_with_their_rows(monkeypatch: pytest.MonkeyPa
     done = CliRunner().invoke(app, ["train", "grpo", "--config", "configs/grpo/embedded.toml", "--dry-run", "--json"])
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["num_rows"] == 68 and told["num_steps"] == 40
+    assert told["num_rows"] == 68 and told["num_steps"] == 20
     train, held_out = (
         {json.loads(line)["word"] for line in (ROOT / f"configs/grpo/data/animals_{split}.jsonl").open()}
         for split in ("train", "held_out")
