@@ -6,7 +6,8 @@ Both sides have the same model in float32, the same adapter, prompts, group size
 completions a step; both draw, score, train and make the new weights current. CPU seconds are those of all processes of
 a side (Ray's daemons and vLLM's own processes among them) from the end of the first step to the end of the last, so
 start-up counts for neither. TRL computes without gradient checkpointing and with the whole step as one batch, which is
-its quickest way here. Sides take turns; `ratio` is that of the medians.
+its quickest way here. Sides take turns; `ratio` is that of the medians. `one_off` is this project's side again, drawing
+the next step's rollouts while a step is trained: what that is worth shows in `seconds_per_step`, not in CPU seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ LORA_RANK, LORA_ALPHA, LORA_LAYERS, RATE = 16, 32.0, (20, 30), 1e-4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TOLD = "RESULT "
 _lengths: list[int] = []
+
+# CPU seconds, tokens and time at the end of a step.
+Mark = tuple[float, int, float]
 
 
 def any_reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -69,11 +75,11 @@ def run_trl(num_steps: int, folder: Path) -> dict[str, float]:
     from sparkray.models import prepare_model
 
     path = str(prepare_model("embedded"))
-    marks: list[tuple[float, int]] = []
+    marks: list[Mark] = []
 
     class Marks(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append((cpu_seconds(), sum(_lengths)))
+            marks.append((cpu_seconds(), sum(_lengths), time.monotonic()))
 
     arguments = GRPOConfig(
         output_dir=str(folder),
@@ -114,7 +120,7 @@ def run_trl(num_steps: int, folder: Path) -> dict[str, float]:
     return _between(marks[0], marks[-1], num_steps)
 
 
-def run_ours(num_steps: int, folder: Path) -> dict[str, float]:
+def run_ours(num_steps: int, folder: Path, steps_off: int = 0) -> dict[str, float]:
     """This project's side, by the way that `sparkray train grpo` goes."""
     import threading
 
@@ -143,6 +149,7 @@ def run_ours(num_steps: int, folder: Path) -> dict[str, float]:
             "num_generations": NUM_GENERATIONS,
             "prompts_per_step": NUM_PROMPTS,
             "max_steps": num_steps,
+            "steps_off": steps_off,
             "max_prompt_tokens": 256,
             "max_completion_tokens": COMPLETION_TOKENS,
             "learning_rate": RATE,
@@ -158,14 +165,15 @@ def run_ours(num_steps: int, folder: Path) -> dict[str, float]:
         },
     )
     ray.init(num_cpus=4, object_store_memory=400 * 2**20, include_dashboard=False, log_to_driver=False)
-    marks: list[tuple[float, int]] = []
+    marks: list[Mark] = []
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.05):
             found = read_log(folder / config.run_name)
             if len(found) > len(marks):
-                marks.extend([(cpu_seconds(), sum(row["num_tokens"] for row in found))] * (len(found) - len(marks)))
+                mark = (cpu_seconds(), sum(row["num_tokens"] for row in found), time.monotonic())
+                marks.extend([mark] * (len(found) - len(marks)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -178,13 +186,14 @@ def run_ours(num_steps: int, folder: Path) -> dict[str, float]:
     return _between(marks[0], marks[num_steps - 1], num_steps)
 
 
-def _between(first: tuple[float, int], last: tuple[float, int], num_steps: int) -> dict[str, float]:
+def _between(first: Mark, last: Mark, num_steps: int) -> dict[str, float]:
     seconds, tokens = last[0] - first[0], last[1] - first[1]
     return {
         "cpu_seconds": seconds,
         "tokens": tokens,
         "tokens_per_cpu_second": tokens / seconds,
         "cpu_seconds_per_step": seconds / (num_steps - 1),
+        "seconds_per_step": (last[2] - first[2]) / (num_steps - 1),
     }
 
 
@@ -212,14 +221,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--rounds", type=int, default=1, help="turns of both sides")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn, the first of which does not count")
-    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "one_off", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side is not None:
-        run = {"ours": run_ours, "trl": run_trl}[arguments.side]
-        print(_TOLD + json.dumps(run(arguments.steps, arguments.folder)), flush=True)
+        run: dict[str, Callable[[int, Path], dict[str, float]]] = {
+            "ours": run_ours,
+            "one_off": partial(run_ours, steps_off=1),
+            "trl": run_trl,
+        }
+        print(_TOLD + json.dumps(run[arguments.side](arguments.steps, arguments.folder)), flush=True)
         return
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "one_off": [], "trl": []}
     for turn in range(arguments.rounds):
         for side, results in found.items():
             started = time.monotonic()
@@ -236,8 +249,9 @@ def main() -> None:
         "num_prompts": NUM_PROMPTS,
         "num_generations": NUM_GENERATIONS,
         "completion_tokens": COMPLETION_TOKENS,
-        "cpu_seconds_per_step": {
-            side: statistics.median(one["cpu_seconds_per_step"] for one in results) for side, results in found.items()
+        **{
+            name: {side: statistics.median(one[name] for one in results) for side, results in found.items()}
+            for name in ("cpu_seconds_per_step", "seconds_per_step")
         },
     }
     if arguments.json:
