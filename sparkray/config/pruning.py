@@ -57,7 +57,7 @@ class ObserveConfig(Settings):
         0.7, gt=0, le=1, description="Share of available memory that a resident model may take under `auto`."
     )
     micro_batch_sequences: int = Field(4, ge=1, le=4096, description="Sequences in one forward pass.")
-    shard_sequences: int = Field(64, ge=1, le=1_048_576, description="Sequences in one shard of partial sums.")
+    shard_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences in one shard of partial sums.")
     streamed_hidden_gb: float = Field(
         2.0, gt=0, description="Hidden states held while streaming, in GB; more means fewer reads of the checkpoint."
     )

@@ -32,6 +32,7 @@ def write_heatmap(plan: PrunePlan, path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as failure:
         raise MissingExtraError.for_module("matplotlib", "search") from failure
     shares = relative_scores(plan)
@@ -48,7 +49,10 @@ def write_heatmap(plan: PrunePlan, path: Path) -> None:
         if expert not in plan.kept[layer]
     ]
     columns, rows = zip(*cut, strict=True)
+    # Dark under light, so that a cross is seen on every colour.
+    axes.scatter(columns, rows, marker="x", s=18, linewidths=1.8, color="black")
     axes.scatter(columns, rows, marker="x", s=12, linewidths=0.8, color="white")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_yticks(range(num_layers), list(plan.scores), fontsize=6)
