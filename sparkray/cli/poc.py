@@ -22,7 +22,10 @@ PublicKey = Annotated[str | None, typer.Option(help="Participant's key; seeds in
 RTarget = Annotated[float | None, typer.Option(help="A nonce is valid where its distance is below this.")]
 Mode = Annotated[str | None, typer.Option(help="`compatible` with the network, or `hardened`.")]
 Device = Annotated[str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
-BatchSize = Annotated[int | None, typer.Option(help="Nonces in a batch; measured where it is not given.")]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(help="Nonces in a batch; empty: measured; `v1`, `v2`: by the network's formulas."),
+]
 
 
 @app.callback()

@@ -5,7 +5,7 @@ Field names of `ModelParams` are the network's own (they travel in the body of `
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from sparkray.errors import UsageError
 
 WeightsName = Literal["pool", "sequential"]
 ModeName = Literal["compatible", "hardened"]
+FormulaName = Literal["v1", "v2"]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)] | FormulaName | None
 
 R_TARGET_DEFAULT = 1.3971164020989417
 
@@ -157,7 +159,9 @@ class PocConfig(Settings):
     node_id: int = Field(0, ge=0, description="Residue class of this node's nonces.")
     node_count: int = Field(1, ge=1, description="Nodes that share the nonces of one key.")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
-    batch_size: int | None = Field(None, ge=1, le=65_536, description="Nonces in a batch; empty: measured.")
+    batch_size: BatchSize = Field(
+        None, description="Nonces in a batch; empty: measured; `v1`, `v2`: by the network's formula of that preset."
+    )
     num_prep_threads: int = Field(2, ge=1, le=256, description="Threads that make inputs ahead.")
     prep_depth: int = Field(3, ge=1, le=64, description="Batches that are made ahead.")
 
@@ -181,7 +185,9 @@ class PocServiceConfig(Settings):
         1, ge=1, le=64, description="Nodes that share one group's blocks, for a model that no node holds alone."
     )
     num_cpus_per_group: float = Field(1.0, gt=0, le=1024, description="Logical CPUs for a group, on each of its nodes.")
-    batch_size: int | None = Field(None, ge=1, le=65_536, description="Nonces in a batch; empty: measured.")
+    batch_size: BatchSize = Field(
+        None, description="Nonces in a batch; empty: measured; `v1`, `v2`: by the network's formula of that preset."
+    )
     num_prep_threads: int = Field(2, ge=1, le=256, description="Threads of a group that make inputs ahead.")
     prep_depth: int = Field(3, ge=1, le=64, description="Batches of a group that are made ahead.")
     max_buffered_batches: int = Field(64, ge=1, le=4096, description="Computed batches that a group holds, at most.")

@@ -61,7 +61,9 @@ class PocGroupActor:
             from sparkray.poc.ray_stages import RayStages
 
             stages = RayStages(run, shape)
-            return engine(device="cpu", model=stages, batch_size=config.batch_size or stages.choose_batch_size())
+            # The network's formulas know the devices of one node.
+            size = config.batch_size if isinstance(config.batch_size, int) else stages.choose_batch_size()
+            return engine(device="cpu", model=stages, batch_size=size)
 
         self._worker = GroupWorker(run, place, phase, generation, make_engine, config.max_buffered_batches)
         self._worker.start()

@@ -1,18 +1,32 @@
-"""The network's two batch size formulas, kept by name; the engine itself measures (see `tuning`)."""
+"""The network's two batch size formulas, to be had by name; by itself the engine measures (see `tuning`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from sparkray.config.poc import ModelParams
+import torch
+
+from sparkray.config.poc import FormulaName, ModelParams
 from sparkray.errors import UnavailableError
+from sparkray.poc.devices import memory_bytes
 
 MEMORY_SHARE = 0.9
 V1_BIAS_MB = 6500.0
 V1_COEFF_MB = 30.5
-OTHER_BATCH_SIZE = 100
 _MIB = 1024**2
+
+
+def formula_batch_size(name: FormulaName, params: ModelParams, devices: Sequence[torch.device]) -> int:
+    """The formula of that name for a group's devices, none of which holds weights yet.
+
+    Raises:
+        UnavailableError: the first device has not enough memory for one nonce.
+    """
+    memory = [memory_bytes(device) for device in devices]
+    if name == "v1":
+        return batch_size_v1(memory[0][1] / _MIB)
+    return batch_size_v2([free / _MIB for free, _ in memory], params)
 
 
 def batch_size_v1(total_mb: float) -> int:

@@ -1,7 +1,8 @@
-"""Which device a name means, and in what precision it computes."""
+"""Which device a name means, in what precision it computes, and its memory."""
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from sparkray.errors import UnavailableError
@@ -32,3 +33,11 @@ def prepare_dtype(device: torch.device) -> torch.dtype:
     # Sums of products stay in float32 all the way, or distances would depend on how a kernel splits them.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return torch.float16
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """Free memory and all of it, of the device or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparkray.config.poc import ModelParams, WeightsConfig
+from sparkray.config.poc import BatchSize, ModelParams, WeightsConfig
+from sparkray.poc.batch_size import formula_batch_size
 from sparkray.poc.device_weights import load_weights
 from sparkray.poc.devices import prepare_dtype, resolve_device
 from sparkray.poc.inputs import draw_target
@@ -39,7 +40,8 @@ class Engine:
     times slower. Both read the same float16 weights and inputs.
 
     Args:
-        batch_size: nonces in a batch; None measures which size is fastest within the memory that is free.
+        batch_size: nonces in a batch; None measures which size is fastest within the memory that is free, and `v1`
+            and `v2` are the network's formulas.
         prep_threads: threads that make inputs ahead.
         prep_depth: batches that are made ahead.
         graphs: CUDA graphs, on CUDA and one device.
@@ -54,7 +56,7 @@ class Engine:
         weights: WeightsConfig,
         *,
         device: str = "auto",
-        batch_size: int | None = None,
+        batch_size: BatchSize = None,
         prep_threads: int = DEFAULT_PREP_THREADS,
         prep_depth: int = DEFAULT_PREP_DEPTH,
         graphs: bool = True,
@@ -67,25 +69,30 @@ class Engine:
         self.device = resolve_device(device)
         self._prep_threads = prep_threads
         self._prep_depth = prep_depth
-        self._model = model or self._load(num_devices, prepare_dtype(self.device))
+        devices = self._devices(num_devices)
+        # The formulas count the weights themselves, so they come first.
+        size = formula_batch_size(batch_size, params, devices) if isinstance(batch_size, str) else batch_size
+        self._model = model or self._load(devices, prepare_dtype(self.device))
         self._target_V = torch.from_numpy(draw_target(block_hash, params.vocab_size))
-        self.batch_size = batch_size or choose_batch_size(self._model, memory_bound(params, self.device))
+        self.batch_size = size or choose_batch_size(self._model, memory_bound(params, self.device))
         self._step: Step = (
             CudaStep(self._model, self._target_V, self.batch_size, graphs=graphs and num_devices == 1)
             if self.device.type == "cuda"
             else CpuStep(self._model, self._target_V)
         )
 
-    def _load(self, num_devices: int, dtype: torch.dtype) -> Forward:
+    def _devices(self, num_devices: int) -> list[torch.device]:
+        if self.device.type != "cuda" or num_devices == 1:
+            return [self.device] * num_devices
+        first = self.device.index or 0
+        return [resolve_device(f"cuda:{first + offset}") for offset in range(num_devices)]
+
+    def _load(self, devices: Sequence[torch.device], dtype: torch.dtype) -> Forward:
         def load(names: frozenset[str] | None, device: torch.device) -> ReadWeight:
             return load_weights(self.block_hash, self.params, self.weights, device, dtype, names)
 
-        if num_devices == 1:
+        if len(devices) == 1:
             return Transformer(self.params, load(None, self.device), self.device, dtype)
-        first = self.device.index or 0
-        devices = [self.device] * num_devices
-        if self.device.type == "cuda":
-            devices = [resolve_device(f"cuda:{first + offset}") for offset in range(num_devices)]
         return PipelinedTransformer(self.params, load, devices, dtype)
 
     def stream(self, public_key: str, nonces: Iterable[int]) -> Generator[Computed]:

@@ -81,7 +81,7 @@ def verify_hardened(config: PocConfig, batch: ProofBatch, digests: Iterable[str]
         for nonce, digest, distance in zip(batch.nonces, digests, batch.dist, strict=True)
     ]
     prover = HardenedProver(batch.block_hash, batch.public_key, config.params, config.device)
-    size = config.batch_size or _HARDENED_BATCH
+    size = _hardened_batch_size(config)
     return [ok for at in range(0, len(proofs), size) for ok in prover.verify(proofs[at : at + size])]
 
 
@@ -95,9 +95,14 @@ def _compatible(config: PocConfig, nonces: Iterable[int]) -> Generator[_Part]:
 
 def _hardened(config: PocConfig, nonces: Iterable[int]) -> Generator[_Part]:
     prover = HardenedProver(config.block_hash, config.public_key, config.params, config.device)
-    for batch in batched(nonces, config.batch_size or _HARDENED_BATCH):
+    for batch in batched(nonces, _hardened_batch_size(config)):
         proofs = prover.prove(batch)
         yield batch, [proof.distance for proof in proofs], [proof.digest for proof in proofs]
+
+
+def _hardened_batch_size(config: PocConfig) -> int:
+    # The formulas are of another model.
+    return config.batch_size if isinstance(config.batch_size, int) else _HARDENED_BATCH
 
 
 @dataclass(frozen=True, slots=True)

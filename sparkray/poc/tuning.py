@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 
 from sparkray.config.poc import ModelParams
+from sparkray.poc.devices import memory_bytes
 from sparkray.poc.model import Forward
 
 MAX_BATCH_SIZE = 4096
@@ -29,7 +29,7 @@ def activation_bytes(params: ModelParams, device_type: str) -> int:
 
 def memory_bound(params: ModelParams, device: torch.device) -> int:
     """The largest batch that 90 % of the free memory holds; at least 1."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free, _ = memory_bytes(device)
     return max(1, min(MAX_BATCH_SIZE, int(free * MEMORY_SHARE) // activation_bytes(params, device.type)))
 
 

@@ -7,13 +7,17 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkray.config.poc import V1, V2, ModelParams, WeightsConfig
-from sparkray.errors import InputError, UnavailableError
-from sparkray.poc.batch_size import batch_size_v1, batch_size_v2
+from sparkray.config.base import load_settings
+from sparkray.config.poc import TINY, V1, V2, ModelParams, PocConfig, WeightsConfig
+from sparkray.errors import InputError, UnavailableError, UsageError
+from sparkray.poc import batch_size
+from sparkray.poc.batch_size import batch_size_v1, batch_size_v2, formula_batch_size
 from sparkray.poc.groups import create_gpu_groups, device_vram, get_min_group_vram, network_min_group_vram
+from sparkray.poc.local import make_engine
 from sparkray.poc.nonces import NonceIterator
 from sparkray.poc.phases import Phase, PowState, pow_state
 from sparkray.poc.proofs import InValidation, ProofBatch, ValidatedBatch
@@ -162,6 +166,16 @@ def test_batch_sizes_of_the_original() -> None:
         batch_size_v1(7000)
     free = {(80000,): 243, (47000,): 33, (40000,): 1, (23500,) * 2: 16, (80000, 40000): 121}
     assert {memory: batch_size_v2(memory, V2) for memory in free} == free
+
+
+def test_the_formulas_are_had_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 1024**2
+    monkeypatch.setattr(batch_size, "memory_bytes", lambda _: (80_000 * mib, 81_559 * mib))
+    config = PocConfig(block_hash="0x1", public_key="key", params=TINY, device="cpu", batch_size="v1")
+    assert make_engine(config).batch_size == 2193
+    assert formula_batch_size("v2", V2, [torch.device("cpu")]) == 243
+    with pytest.raises(UsageError, match="batch_size"):
+        load_settings(PocConfig, values=config.model_dump() | {"batch_size": "v3"})
 
 
 def test_groups_are_greedy_from_the_first_device() -> None:
