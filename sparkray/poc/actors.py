@@ -26,6 +26,7 @@ from sparkray.poc.fleet.runner import STOP_TIMEOUT_SECONDS, FleetRunner
 from sparkray.poc.fleet.worker import GroupWorker
 from sparkray.poc.groups import GroupShape, device_vram, gpu_shapes
 from sparkray.poc.phases import Phase
+from sparkray.poc.planner import peak_tflops
 from sparkray.poc.ray_metrics import FleetMetrics
 from sparkray.poc.validation import NoiseBand
 
@@ -138,10 +139,15 @@ class RayLauncher:
 
 
 class RayFleet(FleetRunner):
-    """A fleet whose workers are actors; their places go with it."""
+    """A fleet whose workers are actors; their places go with it.
 
-    def __init__(self, controller: Controller, launcher: RayLauncher) -> None:
-        metrics = FleetMetrics(controller.run.params)
+    Attributes:
+        peak_tflops: of all its GPUs together; None where it is not known.
+    """
+
+    def __init__(self, controller: Controller, launcher: RayLauncher, peak_tflops: float | None) -> None:
+        self.peak_tflops = peak_tflops
+        metrics = FleetMetrics(controller.run.params, peak_tflops)
         super().__init__(controller, lambda summary: metrics.publish(summary, controller.ledger.num_unsent()))
         self._launcher = launcher
 
@@ -167,7 +173,7 @@ def start_fleet(run: Run, ledger: Ledger, config: PocServiceConfig) -> RayFleet:
         deadline_seconds=config.deadline_seconds,
         band=NoiseBand(config.noise_sd),
     )
-    fleet = RayFleet(Controller(run, len(shapes), ledger, launcher, limits), launcher)
+    fleet = RayFleet(Controller(run, len(shapes), ledger, launcher, limits), launcher, _peak_tflops(shapes))
     fleet.start()
     return fleet
 
@@ -192,6 +198,20 @@ def group_shapes(run: Run, config: PocServiceConfig) -> list[GroupShape]:
             param="num_nodes_per_group",
         )
     return [GroupShape(0, num_cpus, num_nodes)] * (config.num_groups or num_alive // num_nodes)
+
+
+def _peak_tflops(shapes: list[GroupShape]) -> float | None:
+    """Of the groups' GPUs, by the name that Ray gives to those of each node; not known where names are mixed."""
+    prefix = "accelerator_type:"
+    kinds = {
+        resource.removeprefix(prefix)
+        for node in ray.nodes()
+        if node["Alive"]
+        for resource in node["Resources"]
+        if resource.startswith(prefix)
+    }
+    num_gpus = sum(shape.num_gpus * shape.num_nodes for shape in shapes)
+    return peak_tflops([*kinds] * num_gpus) if len(kinds) == 1 else None
 
 
 def _read_gpu_memory() -> list[list[float]]:

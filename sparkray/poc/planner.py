@@ -6,7 +6,7 @@ point operations at the share of peak that the engine reaches, or its input's pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -50,6 +50,20 @@ MACHINES = (
     Machine("A100", 312.0, 79.0, normals_per_second=60e6, prep_threads=12),
     Machine("RTX 4090", 165.0, 23.5, normals_per_second=80e6),
 )
+
+
+def peak_tflops(device_names: Iterable[str]) -> float | None:
+    """Peak of so many devices together; None where there is none or one of them is not known."""
+    peaks = [
+        next((each.peak_tflops for each in MACHINES if _letters(each.name) in _letters(name)), None)
+        for name in device_names
+    ]
+    known = [peak for peak in peaks if peak is not None]
+    return sum(known) if known and len(known) == len(peaks) else None
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).upper()
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,7 @@ def nonce_rate(config: PocNonceRateConfig, show: ShowStatus) -> dict[str, Any]:
             after, elapsed = _computed(fleet), time.monotonic() - begun
             status = _status(fleet)
         ledger.close()
+    tflops = (sum(after) - sum(before)) / elapsed * config.poc.params.flop_per_nonce / 1e12
     rates = [60 * (now - then) / elapsed for now, then in zip(after, before, strict=True)]
     share = status["num_valid"] / max(1, status["num_recorded"])
     return {
@@ -103,7 +104,8 @@ def nonce_rate(config: PocNonceRateConfig, show: ShowStatus) -> dict[str, Any]:
         "raw_per_minute_by_worker": rates,
         "raw_per_minute": sum(rates),
         "valid_per_minute": sum(rates) * share,
-        "model_tflops": sum(rates) / 60 * config.poc.params.flop_per_nonce / 1e12,
+        "model_tflops": tflops,
+        "mfu": tflops / fleet.peak_tflops if fleet.peak_tflops else None,
         "share_z_score": status["share_z_score"],
         "share_alarm": status["share_alarm"],
     }

@@ -17,6 +17,7 @@ VALID_NONCES = MetricDefinition("sparkray_poc_valid_nonces", "counter", "Of them
 RAW_PER_MINUTE = MetricDefinition("sparkray_poc_raw_per_minute", "gauge", "Nonces recorded a minute, of all groups.")
 VALID_PER_MINUTE = MetricDefinition("sparkray_poc_valid_per_minute", "gauge", "Valid nonces recorded a minute.")
 MODEL_TFLOPS = MetricDefinition("sparkray_poc_model_tflops", "gauge", "Model operations a second, in 1e12.")
+MFU = MetricDefinition("sparkray_poc_mfu", "gauge", "Model operations by the GPUs' peak, where all peaks are known.")
 GROUPS_LOADED = MetricDefinition("sparkray_poc_groups_loaded", "gauge", "Groups whose model is loaded.")
 RESTARTS = MetricDefinition("sparkray_poc_restarts", "gauge", "Workers that were made anew in this run.")
 UNSENT = MetricDefinition("sparkray_poc_unsent_callbacks", "gauge", "Callbacks that no receiver has confirmed.")
@@ -25,7 +26,7 @@ CHUNKS_WAITING = MetricDefinition("sparkray_poc_chunks_waiting", "gauge", "Piece
 SHARE_Z = MetricDefinition("sparkray_poc_share_z_score", "gauge", "Valid share against theory, in deviations.")
 
 DEFINITIONS = (
-    NONCES, VALID_NONCES, RAW_PER_MINUTE, VALID_PER_MINUTE, MODEL_TFLOPS, GROUPS_LOADED, RESTARTS, UNSENT,
+    NONCES, VALID_NONCES, RAW_PER_MINUTE, VALID_PER_MINUTE, MODEL_TFLOPS, MFU, GROUPS_LOADED, RESTARTS, UNSENT,
     BATCHES_WAITING, CHUNKS_WAITING, SHARE_Z,
 )  # fmt: skip
 
@@ -34,16 +35,19 @@ class FleetMetrics:
     """Turns a fleet's summaries into metrics.
 
     Args:
+        peak_tflops: of all groups together; None where it is not known.
         set_value: gives (definition, value) on; a counter's value is what it rose by.
     """
 
     def __init__(
         self,
         params: ModelParams,
+        peak_tflops: float | None = None,
         set_value: Callable[[MetricDefinition, float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._flop_per_nonce = params.flop_per_nonce
+        self._peak_tflops = peak_tflops
         self._set = set_value or _to_ray
         self._clock = clock
         self._last: tuple[float, int, int] | None = None
@@ -58,7 +62,10 @@ class FleetMetrics:
             self._set(VALID_NONCES, good)
             self._set(RAW_PER_MINUTE, raw / minutes)
             self._set(VALID_PER_MINUTE, good / minutes)
-            self._set(MODEL_TFLOPS, raw / minutes / 60 * self._flop_per_nonce / 1e12)
+            tflops = raw / minutes / 60 * self._flop_per_nonce / 1e12
+            self._set(MODEL_TFLOPS, tflops)
+            if self._peak_tflops is not None:
+                self._set(MFU, tflops / self._peak_tflops)
         self._last = (now, total, valid)
         self._set(GROUPS_LOADED, summary["num_loaded"])
         self._set(RESTARTS, summary["num_restarts"])

@@ -24,7 +24,7 @@ from sparkray.poc.devices import resolve_device
 from sparkray.poc.groups import GroupShape, gpu_shapes
 from sparkray.poc.live_table import Rates, build_table
 from sparkray.poc.local import generate, measure_rate, verify_hardened
-from sparkray.poc.planner import MACHINES, Goal, Machine, predict, search
+from sparkray.poc.planner import MACHINES, Goal, Machine, peak_tflops, predict, search
 from sparkray.poc.proofs import ProofBatch
 from sparkray.poc.ray_metrics import DEFINITIONS, FleetMetrics
 from sparkray.poc.replay import replay
@@ -203,7 +203,9 @@ def test_the_table_shows_every_group_and_the_alarm() -> None:
 def test_metrics_are_counts_since_the_last_look_and_rates_a_minute() -> None:
     seen: list[tuple[str, float]] = []
     clock = iter([0.0, 30.0])
-    metrics = FleetMetrics(TINY, lambda definition, value: seen.append((definition.name, value)), lambda: next(clock))
+    metrics = FleetMetrics(
+        TINY, 2.0, lambda definition, value: seen.append((definition.name, value)), lambda: next(clock)
+    )
     summary = {
         "num_recorded": 100, "num_valid": 10, "num_loaded": 2, "num_restarts": 0, "num_batches_waiting": 3,
         "num_chunks_waiting": 7, "share_z_score": 0.5,
@@ -217,7 +219,14 @@ def test_metrics_are_counts_since_the_last_look_and_rates_a_minute() -> None:
     assert (values["sparkray_poc_nonces"], values["sparkray_poc_valid_nonces"]) == (300, 30)
     assert (values["sparkray_poc_raw_per_minute"], values["sparkray_poc_valid_per_minute"]) == (600, 60)
     assert values["sparkray_poc_model_tflops"] == pytest.approx(10 * TINY.flop_per_nonce / 1e12)
+    assert values["sparkray_poc_mfu"] == values["sparkray_poc_model_tflops"] / 2.0
     assert set(values) == {definition.name for definition in DEFINITIONS}
+
+
+def test_peaks_are_known_by_the_names_of_devices() -> None:
+    assert peak_tflops(["H100", "NVIDIA H100 80GB HBM3"]) == 2 * 989.0
+    assert peak_tflops(["NVIDIA GeForce RTX 4090"]) == peak_tflops(["RTX-4090"]) == 165.0
+    assert peak_tflops(["H100", "Radeon"]) is peak_tflops([]) is None
 
 
 def test_watching_a_service_that_is_not_there_says_what_to_do() -> None:
