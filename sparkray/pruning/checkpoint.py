@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Mapping
@@ -192,23 +191,3 @@ def _shard_names(directory: Path) -> list[str]:
             hint="Fetch the index: without it a missing shard would go unnoticed.",
         )
     return present
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames inside `directory` durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name, fsync it, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)

@@ -17,8 +17,8 @@ import numpy as np
 
 from sparkray.config.pruning import ObserveConfig
 from sparkray.errors import InputError
-from sparkray.pruning.checkpoint import write_atomically
 from sparkray.pruning.statistics import Statistics
+from sparkray.pruning.whole_files import write_atomically
 
 _KEY_CHARACTERS = 16
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparkray.config.pruning import CalibrationConfig, ObserveConfig, PlanConfig, PruneConfig, ValidateConfig
 from sparkray.pruning.calibration import CalibrationSet, read_calibration
-from sparkray.pruning.checkpoint import Checkpoint, write_atomically
+from sparkray.pruning.checkpoint import Checkpoint
 from sparkray.pruning.families import text_config
 from sparkray.pruning.heatmap import write_heatmap
 from sparkray.pruning.layout import read_layout
@@ -30,6 +30,7 @@ from sparkray.pruning.sizes import checkpoint_size
 from sparkray.pruning.statistics import Statistics
 from sparkray.pruning.tokenize import tokenizer_of
 from sparkray.pruning.validate import Comparison, broken_bounds, check_structure, compare, require_bounds
+from sparkray.pruning.whole_files import write_atomically
 
 REPORT_NAME = "reap_report.json"
 HEATMAP_NAME = "reap_heatmap.png"

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparkray.config.pruning import PlanConfig
 from sparkray.errors import InputError, NotFoundError
-from sparkray.pruning.checkpoint import Checkpoint, write_atomically
+from sparkray.pruning.checkpoint import Checkpoint
 from sparkray.pruning.criteria import expert_scores
 from sparkray.pruning.families import group_limits, top_k
 from sparkray.pruning.layout import Layout, read_layout
@@ -26,6 +26,7 @@ from sparkray.pruning.selection import (
 )
 from sparkray.pruning.sizes import checkpoint_size
 from sparkray.pruning.statistics import Statistics
+from sparkray.pruning.whole_files import write_atomically
 
 PLAN_NAME = "reap_plan.json"
 _VERSION = 1

@@ -15,16 +15,10 @@ from pathlib import Path
 import torch
 
 from sparkray.errors import InputError, UsageError
-from sparkray.pruning.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    TensorEntry,
-    fsync_directory,
-    write_atomically,
-)
+from sparkray.pruning.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry
 from sparkray.pruning.mxfp4 import quantise_mxfp4
 from sparkray.pruning.tensors import read_tensor
+from sparkray.pruning.whole_files import fsync_directory, write_atomically, written_whole
 
 _EXPERT_WEIGHT = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _MARK_NAME = ".requantize"
@@ -100,6 +94,8 @@ def _open_building(building: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         write_atomically(mark, checkpoint.identity.encode())
+    for torn in building.glob(".*.tmp"):
+        torn.unlink()
 
 
 def _new_tensors(entry: TensorEntry) -> list[_NewTensor]:
@@ -125,8 +121,7 @@ def _write(checkpoint: Checkpoint, path: Path, entries: tuple[TensorEntry, ...],
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             if _EXPERT_WEIGHT.search(entry.name):
@@ -141,7 +136,6 @@ def _write(checkpoint: Checkpoint, path: Path, entries: tuple[TensorEntry, ...],
                 file.write(checkpoint.read(entry.name))
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _write_rest(checkpoint: Checkpoint, building: Path, weight_map: dict[str, str], total: int) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sparkray.errors import InputError, UnavailableError, UsageError
-from sparkray.pruning.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, fsync_directory, write_atomically
+from sparkray.pruning.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from sparkray.pruning.config_edit import edited_config
 from sparkray.pruning.layout import Layout, read_layout
 from sparkray.pruning.plan import PLAN_NAME, PrunePlan, check_plan, read_plan
 from sparkray.pruning.surgery import ShardCut, ShardRecord, plan_shard, write_shard
+from sparkray.pruning.whole_files import fsync_directory, write_atomically
 
 MANIFEST_NAME = "checksums.json"
 _MARK_NAME = ".rewrite.json"
@@ -160,6 +161,8 @@ def _open_building(building: Path, plan: PrunePlan) -> None:
             f"{building} holds the interrupted rewrite of another plan.", hint="Remove it, or finish that plan first."
         )
     building.mkdir(parents=True, exist_ok=True)
+    for torn in building.glob(".*.tmp"):
+        torn.unlink()  # of a run that was killed: it may be as large as a shard
     write_atomically(mark, json.dumps({"plan": plan.digest}).encode())
 
 

@@ -5,7 +5,6 @@ A kept expert's bytes are copied as they are, so BF16, FP8, MXFP4 and NVFP4 stay
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkray.errors import UnavailableError
-from sparkray.pruning.checkpoint import ShardHeader, TensorEntry, fsync_directory
+from sparkray.pruning.checkpoint import ShardHeader, TensorEntry
 from sparkray.pruning.layout import Layout, TensorRole
+from sparkray.pruning.whole_files import written_whole
 
 # Small enough to stay in a core's cache between reading, hashing and writing: larger ones cost twice the CPU time.
 _CHUNK_BYTES = 256 * 1024
@@ -77,38 +77,29 @@ def write_shard(cut: ShardCut) -> ShardRecord:
     Raises:
         UnavailableError: the disk filled up; the temporary file is gone and the shard can be written again.
     """
-    temporary = cut.target.with_name(f".{cut.target.name}.tmp")
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    try:
-        with cut.source.open("rb", buffering=0) as source, temporary.open("wb", buffering=0) as target:
-            head = _header_bytes(cut)
-            target.write(head)
-            digest.update(head)
-            written = len(head)
-            for start, length in _merged_runs(cut.tensors):
-                source.seek(start)
-                written += length
-                while length:
-                    part = buffer[: min(length, _CHUNK_BYTES)]
-                    count = source.readinto(part)
-                    if not count:
-                        raise UnavailableError(f"{cut.source} ended while it was being read: it changed meanwhile.")
-                    _write_all(target.fileno(), part[:count])
-                    digest.update(part[:count])
-                    length -= count
-            os.fsync(target.fileno())
-        temporary.replace(cut.target)
-    except OSError as failure:
-        temporary.unlink(missing_ok=True)
-        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UnavailableError(
-                f"the disk of {cut.target.parent} filled up while {cut.target.name} ({cut.num_bytes / 1e9:.2f} GB) was"
-                " being written.",
-                hint="Free space and run the same command again: finished shards are kept.",
-            ) from failure
-        raise
-    fsync_directory(cut.target.parent)
+    with (
+        written_whole(cut.target) as temporary,
+        cut.source.open("rb", buffering=0) as source,
+        temporary.open("wb", buffering=0) as target,
+    ):
+        head = _header_bytes(cut)
+        target.write(head)
+        digest.update(head)
+        written = len(head)
+        for start, length in _merged_runs(cut.tensors):
+            source.seek(start)
+            written += length
+            while length:
+                part = buffer[: min(length, _CHUNK_BYTES)]
+                count = source.readinto(part)
+                if not count:
+                    raise UnavailableError(f"{cut.source} ended while it was being read: it changed meanwhile.")
+                _write_all(target.fileno(), part[:count])
+                digest.update(part[:count])
+                length -= count
+        os.fsync(target.fileno())
     return ShardRecord(cut.target.name, written, digest.hexdigest())
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sparkray.errors import InputError, UsageError
-from sparkray.pruning.checkpoint import write_atomically
+from sparkray.pruning.whole_files import write_atomically
 
 _MLP = re.compile(r"^(model\.layers\.\d+\.)mlp\.(gate|up|down)_proj\.weight$")
 _MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}

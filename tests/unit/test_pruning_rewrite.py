@@ -36,6 +36,7 @@ from sparkray.pruning.requantise import requantise
 from sparkray.pruning.rewrite import rewrite, verify_checksums
 from sparkray.pruning.surgery import ShardCut, ShardRecord, plan_shard, write_shard
 from sparkray.pruning.tensors import dequantise_mxfp4
+from sparkray.pruning.whole_files import write_atomically
 
 
 def plan_of(directory: Path, inputs: Path, **settings: Any) -> PrunePlan:
@@ -198,6 +199,19 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_written(
     for shard in (tmp_path / "out.partial").glob("*.safetensors"):
         read_header(shard)
     assert rewrite(Checkpoint(sharded), sharded_plan, tmp_path / "out").num_reused >= 1
+
+
+def test_a_disk_that_fills_under_a_small_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan.json").write_text("old")
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparkray.pruning.whole_files.os.fsync", full)
+    with pytest.raises(UnavailableError, match=r"filled up while plan\.json"):
+        write_atomically(tmp_path / "plan.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert (tmp_path / "plan.json").read_text() == "old"
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(
