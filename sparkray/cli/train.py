@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +56,8 @@ def grpo(
     from sparkray.grpo.ray_run import train_run
     from sparkray.serving.app import engine_kwargs
 
-    with cluster_connection():
+    # Ray shows what ranks and engines print on this process's stdout, which is the summary's.
+    with redirect_stdout(sys.stderr), cluster_connection():
         summary = train_run(settings, engine_arguments=engine_kwargs)
     if json:
         print_json(summary)
