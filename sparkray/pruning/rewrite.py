@@ -6,12 +6,15 @@ has a record there, so a killed rewrite goes on with the shards that are missing
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from sparkray.errors import InputError, UnavailableError, UsageError
 from sparkray.pruning.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
@@ -204,11 +207,11 @@ def verify_checksums(directory: Path) -> int:
     Raises:
         InputError: a shard differs, by its name.
     """
-    import hashlib
-
     manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
     for name, record in manifest.items():
         with (directory / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
-                raise InputError(f"{directory / name} does not have the SHA-256 of {MANIFEST_NAME}: it was changed.")
+            if hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() != record["xxh3_128"]:
+                raise InputError(
+                    f"{directory / name} does not have the XXH3 checksum of {MANIFEST_NAME}: it was changed."
+                )
     return len(manifest)
