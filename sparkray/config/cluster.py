@@ -6,6 +6,9 @@ from pydantic import Field
 
 from sparkray.config.base import Settings
 
+LISTEN_ON_NODE_ADDRESS = "sparkray.cluster.replica_address.listen_on_node_address"
+"""The set-up hook of every Serve replica's process, by name: deployments of all packages give it to Ray."""
+
 
 class ClusterConfig(Settings):
     """A local cluster (address None), or one to join."""

@@ -12,6 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve.deployment import Application
 
+from sparkray.config.cluster import LISTEN_ON_NODE_ADDRESS
 from sparkray.config.handoff import HandoffConfig
 from sparkray.handoff.client import Peer
 from sparkray.handoff.coordinator import Coordinator
@@ -66,6 +67,10 @@ def build_handoff_app(config: HandoffConfig) -> Application:
     placed: Any = HandoffDeployment.options(  # type: ignore[attr-defined]
         num_replicas=1,
         max_ongoing_requests=config.max_requests,
-        ray_actor_options={"num_cpus": config.num_cpus, "resources": config.resources},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "resources": config.resources,
+            "runtime_env": {"worker_process_setup_hook": LISTEN_ON_NODE_ADDRESS},
+        },
     )
     return placed.bind(config)

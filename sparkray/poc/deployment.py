@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.deployment import Application
 
+from sparkray.config.cluster import LISTEN_ON_NODE_ADDRESS
 from sparkray.config.poc import PocServiceConfig
 from sparkray.poc.actors import start_fleet
 from sparkray.poc.fleet.ledger import Ledger
@@ -70,6 +71,10 @@ def build_app(config: PocServiceConfig) -> Application:
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=config.stop_timeout_seconds + 20,
         # On the head, where the cluster's own fate is: the ledger lies there, and a worker node may go and come.
-        ray_actor_options={"num_cpus": 0.1, "resources": {_HEAD: 0.001}},
+        ray_actor_options={
+            "num_cpus": 0.1,
+            "resources": {_HEAD: 0.001},
+            "runtime_env": {"worker_process_setup_hook": LISTEN_ON_NODE_ADDRESS},
+        },
     )
     return deployment.bind(config)

@@ -1,11 +1,12 @@
 """Tasks with questions that are made by rule and answers that are scored by rule (reasoning-gym).
 
 A task is a generator of reasoning-gym at settings that a small model can half do, with a prompt of worked examples.
-Calibration and held-out questions come from different seeds; a question that both drew is left out of the latter.
+Calibration and held-out questions are dealt from one pool by a fixed seed, so that they are exchangeable.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,11 +16,17 @@ from typing import Any
 from sparkray.errors import InternalError, MissingExtraError, NotFoundError
 from sparkray.search.answers import Answer, AnswerKind
 
-SEEDS = {"calibration": 20_001, "held_out": 70_001}
+SPLITS = ("calibration", "held_out")
 STOP = ("\n",)
 """Where a path ends: answers stand on one line."""
 
-_MAX_CALIBRATION = 120
+_SEED = 20_001
+# Half of them for each split.
+_POOL_QUESTIONS = 200
+_NUM_DRAWS = 8_000
+
+Scorer = Callable[[Answer], bool]
+"""Whether an answer is right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class TaskQuestion:
     index: int
     text: str
     prompt: str
-    is_right: Callable[[Answer], bool]
+    is_right: Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +68,40 @@ class Task:
     def questions(self, split: str, count: int) -> list[TaskQuestion]:
         """`count` different questions of a split; the same every time, and none of them in both splits.
 
+        The splits are dealt from one pool of different questions in a random order that is fixed, calibration from its
+        front and held-out from its back. Drawing them one after the other would not do: where easy questions are few,
+        the first split uses them up, and what was calibrated on it would not hold for the second.
+
         Raises:
             NotFoundError: a split that is neither "calibration" nor "held_out", or fewer different questions than
                 asked for.
             MissingExtraError: reasoning-gym is not installed.
         """
-        if split not in SEEDS:
-            raise NotFoundError(f"there is no split {split!r}; there are {' and '.join(SEEDS)}.", param="split")
-        limit = _MAX_CALIBRATION if split == "calibration" else count
-        taken = (
-            {question.text for question in self.questions("calibration", _MAX_CALIBRATION)}
-            if split == "held_out"
-            else set()
-        )
-        size = 40 * (count + len(taken)) + 400
-        dataset = _create(self.generator, {**self.settings, "size": size, "seed": SEEDS[split]})
-        found: list[TaskQuestion] = []
-        for number in range(size):
-            if len(found) == count:
-                break
-            entry = dataset[number]
-            text = self._question(entry["question"])
-            if text not in taken:
-                taken.add(text)
-                found.append(TaskQuestion(len(found), text, self.prompt(text), _scorer(dataset, entry)))
-        if len(found) < count or count > limit:
+        if split not in SPLITS:
+            raise NotFoundError(f"there is no split {split!r}; there are {' and '.join(SPLITS)}.", param="split")
+        pool = self._pool()
+        limit = len(pool) // 2
+        if count > limit:
             raise NotFoundError(
                 f"{count} questions of the task {self.name} were asked for in the split {split!r}, and there are "
-                f"{min(limit, len(found))}.",
+                f"{limit}.",
                 param="count",
             )
-        return found
+        dealt = pool[:count] if split == "calibration" else pool[::-1][:count]
+        return [TaskQuestion(index, text, self.prompt(text), scorer) for index, (text, scorer) in enumerate(dealt)]
+
+    def _pool(self) -> list[tuple[str, Scorer]]:
+        """Different questions and how their answers are scored, in the order in which they are dealt."""
+        dataset = _create(self.generator, {**self.settings, "size": _NUM_DRAWS, "seed": _SEED})
+        found: dict[str, Scorer] = {}
+        for number in range(_NUM_DRAWS):
+            if len(found) == _POOL_QUESTIONS:
+                break
+            entry = dataset[number]
+            found.setdefault(self._question(entry["question"]), _scorer(dataset, entry))
+        pool = list(found.items())
+        random.Random(f"{_SEED} {self.name}").shuffle(pool)
+        return pool
 
     def _question(self, text: str) -> str:
         found = re.search(self.pattern, text)
@@ -117,7 +127,7 @@ def answer_kinds() -> dict[str, AnswerKind]:
     return {task.name: task.answer_kind for task in TASKS}
 
 
-def _scorer(dataset: Any, entry: Mapping[str, Any]) -> Callable[[Answer], bool]:
+def _scorer(dataset: Any, entry: Mapping[str, Any]) -> Scorer:
     return lambda answer: bool(dataset.score_answer(answer.shown, entry) >= 0.999)
 
 

@@ -20,6 +20,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from sparkray.cluster.metrics_bridge import observe_trace, set_active_traces
+from sparkray.cluster.replica_address import listen_on_node_address
 from sparkray.config.metis import MetisConfig
 from sparkray.config.serve import ServeConfig
 from sparkray.errors import NotFoundError, SparkrayError
@@ -69,6 +70,7 @@ class MetisLLMServer(LLMServer):
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]
         # vLLM lets this older variable override the size that the settings give.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        listen_on_node_address()
         await super().__init__(llm_config, **kwargs)
 
     @property

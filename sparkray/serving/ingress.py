@@ -17,6 +17,7 @@ from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.llm._internal.serve.utils.broadcast import broadcast
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
+from sparkray.cluster.replica_address import listen_on_node_address
 from sparkray.errors import NotFoundError, UnavailableError
 from sparkray.serving.body_guard import BodyGuard
 from sparkray.serving.error_bodies import install_error_bodies
@@ -42,6 +43,10 @@ ENDPOINTS = {
 
 class SparkrayIngress(OpenAiIngress):
     """OpenAI's routes and ours over the same replicas."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        listen_on_node_address()
+        super().__init__(*args, **kwargs)
 
     async def search(self, body: SearchBody, request: Request) -> Response:
         """Many paths of thought for one question, pruned while they are written, and a vote over their answers.

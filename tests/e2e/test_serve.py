@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import psutil
 import pytest
 
 from sparkray.cluster.processes import free_port, marked
@@ -132,6 +134,21 @@ def test_the_stream_of_a_trace_follows_the_reply(http: httpx.Client, model: str,
     assert "".join(row["text"] for row in reply.rows).removesuffix("<|im_end|>").strip() == reply.text.strip()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_the_calibrated_detector_needs_nothing_but_its_name(http: httpx.Client, model: str, temperature: float) -> None:
+    """Its z is what the packaged profile says of the reported entropies."""
+    from sparkray.metis.profile import ProfileStore
+
+    switches = {"metis": 1, "metis_detector": "calibrated"}
+    reply = chat(http, model, max_tokens=24, temperature=temperature, vllm_xargs=switches)
+    assert reply.status_code == 200, reply.text
+    trace = http.get(f"/v1/metis/traces/{reply.json()['id']}").json()
+    assert (trace["detector"], trace["note"]) == ("calibrated", None)
+    profile = ProfileStore().load(f"smollm2-135m-instruct/t{temperature:g}/chat")
+    entropies = np.array([event["token_entropy"] for event in trace["events"]])
+    assert [event["z_score"] for event in trace["events"]] == pytest.approx(profile.z_scores(entropies), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "fragment"),
     [
@@ -193,6 +210,14 @@ def test_operations_pages(http: httpx.Client, model: str) -> None:
     assert "/v1/metis/traces/{request_id}" in http.get("/openapi.json").json()["paths"]
     assert "/docs/static/swagger-ui-bundle.js" in http.get("/docs").text
     assert http.get("/docs/static/swagger-ui-bundle.js").status_code == 200
+
+
+def test_nothing_listens_beyond_the_loopback(session: Session) -> None:
+    own = {process.pid for process in marked(session.mark)}
+    listening = (found for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN)
+    sockets = [found for found in listening if found.pid in own]
+    assert len(sockets) > 5
+    assert {found.laddr.ip for found in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_clients_that_go_away_leave_nothing_running(http: httpx.Client, model: str, session: Session) -> None:
