@@ -18,16 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray._raylet import AuthenticationTokenLoader, Config
-
 from sparkray.cluster.processes import free_port
 from sparkray.cluster.session import Session, end_session, start_session
 from sparkray.config.cluster import ClusterConfig
 from sparkray.config.poc import TINY, PocServiceConfig, WeightsConfig
-from sparkray.poc.actors import RayFleet, start_fleet
 from sparkray.poc.fleet.ledger import Ledger, read_cursors
 from sparkray.poc.fleet.messages import Run
+from sparkray.poc.fleet.runner import FleetRunner
 from sparkray.poc.nonces import NonceIterator
 from sparkray.poc.phases import Phase
 
@@ -45,7 +42,7 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def measure(fleet: RayFleet, rounds: int) -> dict[str, Any]:
+def measure(fleet: FleetRunner, rounds: int) -> dict[str, Any]:
     """Load, generate until all have moved, then change phases."""
     controller = fleet.controller
     started = time.monotonic()
@@ -91,6 +88,11 @@ def compare(ledger: Ledger, path: Path) -> dict[str, Any]:
 
 def run(num_groups: int, rounds: int, session: Session, folder: Path) -> dict[str, Any]:
     """Everything on a cluster of this session."""
+    # Ray looks at its environment when it is imported, so not before it says where the session is.
+    import ray
+
+    from sparkray.poc.actors import start_fleet
+
     ray.init(address=session.address, logging_level="ERROR", log_to_driver=False)
     path = folder / "ledger.sqlite"
     ledger = Ledger(path)
@@ -120,9 +122,6 @@ def main() -> None:
         session = start_session(cluster, name=f"poc-groups-{free_port()}")
         try:
             os.environ.update(session.environment())
-            # Ray has read both of these when it was imported, before the session existed.
-            Config.initialize("")
-            AuthenticationTokenLoader.instance().reset_cache()
             result = run(arguments.groups, arguments.rounds, session, Path(folder))
         finally:
             end_session(session)
