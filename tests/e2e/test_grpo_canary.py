@@ -1,7 +1,7 @@
 """Weights pushed into a real engine: honest pushes pass the canary, and each known silent failure fails it.
 
-The faults are put where they happened: in vLLM's worker (the head that is not packed anew) and in what is sent (a layer
-left out, nothing at all).
+The faults are put where they happened: in vLLM's worker (the head that is not packed anew), in what is sent (a layer
+left out, nothing at all) and in the identity under which an adapter is loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save
 
 pytest.importorskip("vllm")
+
+from vllm.lora.request import LoRARequest
 
 from sparkray.config.grpo import GrpoConfig
 from sparkray.grpo.errors import WeightSyncError
@@ -243,3 +245,36 @@ def test_a_push_whose_sender_died_does_not_stop_the_next(start: Callable[[str], 
     run.push()
     reading = run.check()
     assert reading.gap_max < 1e-3 and reading.moved > 1e-4
+
+
+class UnderOneId(VllmRollouts):
+    """Loads every adapter under the id of the first, as long as `wrong`: vLLM then keeps the first."""
+
+    wrong = False
+
+    async def _load_adapter(self, payload: bytes, adapter_config: Mapping[str, Any]) -> None:
+        before = self._adapter
+        await super()._load_adapter(payload, adapter_config)
+        if self.wrong and before is not None and self._adapter is not None:
+            path = self._adapter.lora_path
+            self._adapter = LoRARequest(before.lora_name, before.lora_int_id, path)
+            await self._engine.add_lora(self._adapter)
+
+
+@pytest.mark.slow
+def test_adapters(embedded_path: str) -> None:
+    """Pushed under new ids they arrive, 5 steps long; under a known id the old one stays, and the canary says so."""
+    with live(run_config("lora", "lora"), embedded_path, UnderOneId) as engine:
+        run = Run(embedded_path, engine, "lora", "lora")
+        run.push()
+        run.check()
+        for _ in range(5):
+            assert run.step().gap_max < 1e-3
+            run.push()
+            reading = run.check()
+            assert reading.gap_max < 1e-3 and reading.moved > 1e-4
+        run.step()
+        engine.rollouts.wrong = True  # type: ignore[attr-defined]
+        run.push()
+        with pytest.raises(WeightSyncError, match="was pushed"):
+            run.check()
