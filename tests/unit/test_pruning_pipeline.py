@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_moe import CONTEXT, VOCAB, read_inputs, write_inputs, write_tiny
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny_words import add_tokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sparkray.cli.prune import app
@@ -30,15 +28,6 @@ from sparkray.pruning.tokenize import tokenizer_of
 from sparkray.pruning.validate import CheckFailedError, Comparison, compare, require_bounds
 
 TEXTS = [" ".join(f"w{(7 * row + column) % 90}" for column in range(12 + row)) for row in range(8)]
-
-
-def add_tokenizer(directory: Path) -> None:
-    words = {f"w{number}": number for number in range(VOCAB - 2)} | {"[UNK]": VOCAB - 2, "[BOS]": VOCAB - 1}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="[BOS]")
-    fast.chat_template = "{% for m in messages %}[BOS] {{ m['content'] }} {% endfor %}"
-    fast.save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
