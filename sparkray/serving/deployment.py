@@ -41,6 +41,14 @@ class WatchedVLLMEngine(VLLMEngine):
     """Ray's vLLM engine whose client keeps a trace of every watched request."""
 
     watched: WatchedEngine
+    _oai_serving_tokenization: Any
+
+    async def start(self) -> None:
+        """Start the engine and OpenAI's layer over it; `/tokenize` with them."""
+        await super().start()
+        # vLLM dropped the prefix of the name under which Ray looks for it, and Ray's route then answers 400.
+        if self._oai_serving_tokenization is None:
+            self._oai_serving_tokenization = getattr(self._app_state, "serving_tokenization", None)
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         metis = MetisConfig.model_validate(self.llm_config.experimental_configs[METIS_KEY])

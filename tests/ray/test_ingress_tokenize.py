@@ -1,14 +1,16 @@
-"""`/tokenize` takes a text and a chat, and hands the replica the one that came."""
+"""`/tokenize` takes a text and a chat, and hands the replica the one that came; the replica finds vLLM's side of it."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from ray.llm._internal.serve.core.configs.openai_api_models import TokenizeResponse
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
 from sparkray.serving.ingress import ENDPOINTS, SparkrayIngress
 
@@ -41,3 +43,26 @@ def test_tokenize_takes_texts_and_messages(body: dict[str, Any], kind: str, coun
     assert reply.status_code == 200, reply.text
     assert reply.json()["count"] == count
     assert ingress.seen == [kind]
+
+
+@pytest.mark.parametrize(
+    ("found_by_ray", "state", "expected"),
+    [
+        (None, {"serving_tokenization": "renamed"}, "renamed"),
+        ("as ray knows it", {"serving_tokenization": "renamed"}, "as ray knows it"),
+        (None, {}, None),
+    ],
+)
+async def test_the_replica_finds_the_tokenizer_under_either_name(
+    found_by_ray: str | None, state: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparkray.serving.deployment import WatchedVLLMEngine
+
+    async def start(engine: Any) -> None:
+        engine._oai_serving_tokenization = found_by_ray
+        engine._app_state = SimpleNamespace(**state)
+
+    monkeypatch.setattr(VLLMEngine, "start", start)
+    engine = object.__new__(WatchedVLLMEngine)
+    await engine.start()
+    assert engine._oai_serving_tokenization == expected
