@@ -147,3 +147,20 @@ def test_golden_files_where_they_are_given(placement: str, tmp_path: Path) -> No
                 num_cut = len(scores) // share
                 cut = set(np.argsort(scores)[:num_cut].tolist())
                 assert cut == set(np.argsort(fields["reap"])[:num_cut].tolist()), (reference, layer)
+
+
+@pytest.mark.skipif(GOLDENS is None, reason="SPARKRAY_REAP_GOLDENS names no folder of golden saliencies")
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_upstream_goldens_where_they_are_given(renormalize: bool, tmp_path: Path) -> None:
+    root = Path(str(GOLDENS))
+    references = sorted(root.glob("*/saliency_upstream.json"))
+    assert references
+    for reference in references:
+        modes = json.loads(reference.read_text())["modes"]
+        settings = {"gate_source": "upstream", "renormalize_upstream": renormalize, "shard_sequences": 64}
+        found = observed(reference.parent, root / "inputs.json", tmp_path, **settings)
+        for layer, fields in modes[f"renorm_{str(renormalize).lower()}"].items():
+            ours = found[layer].to_json()
+            for name, expected in fields.items():
+                value = ours["max_activations_signed" if name == "max_activations" else name]
+                np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=f"{reference} {layer} {name}")
