@@ -209,7 +209,8 @@ def _backward(
     old_BT = logprobs_BT.detach() if old_BT is None else old_BT
     engine_BT = torch.zeros_like(old_BT)
     for row, number in enumerate(batch.completions):
-        drawn_T = torch.from_numpy(samples[number].rollout.engine_logprobs_T)
+        # A copy: what came through Ray's object store is read-only, which torch has no tensors for.
+        drawn_T = torch.tensor(samples[number].rollout.engine_logprobs_T)
         engine_BT[row, : len(drawn_T)] = drawn_T.to(engine_BT.device)
     loss_config = config.loss
     correction = correct(
