@@ -35,8 +35,8 @@ RISKS = (0.02, 0.03, 0.05, 0.1)
 _PRUNE_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _STOP_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _NUM_FOLDS = 4
-# Of the risk that is allowed, so much is used on the certifying questions, on average: half is kept for new ones.
-_USED_PART = 0.5
+# Of the risk that is allowed, so much is used on the certifying questions, on average: the rest is kept for new ones.
+_USED_PART = 0.3
 _MIN_QUESTIONS = 20
 
 _log = logging.getLogger(__name__)
