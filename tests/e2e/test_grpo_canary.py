@@ -1,4 +1,4 @@
-"""Weights pushed into a real engine: honest pushes pass the canary, and each known silent failure fails it.
+"""Weights pushed into a real engine: 20 honest steps pass the canary, and each known silent failure fails it.
 
 The faults are put where they happened: in vLLM's worker (the head that is not packed anew), in what is sent (a layer
 left out, nothing at all) and in the identity under which an adapter is loaded.
@@ -245,6 +245,20 @@ def test_a_push_whose_sender_died_does_not_stop_the_next(start: Callable[[str], 
     run.push()
     reading = run.check()
     assert reading.gap_max < 1e-3 and reading.moved > 1e-4
+
+
+@pytest.mark.slow
+def test_twenty_honest_steps_pass(start: Callable[[str], Run]) -> None:
+    run = start("full")
+    readings, gaps = [], []
+    for _ in range(20):
+        gaps.append(run.step().gap_max)
+        run.push()
+        readings.append(run.check())
+    assert max(reading.gap_max for reading in readings) < 1e-3
+    assert max(gaps) < 1e-3
+    # The policy did move, so agreeing meant something.
+    assert all(reading.moved > 1e-4 for reading in readings)
 
 
 class UnderOneId(VllmRollouts):
