@@ -22,7 +22,7 @@ from sparkray.poc.phases import Phase
 from sparkray.poc.proofs import ProofBatch
 from tests.ray.conftest import RayCluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 RUN = Run("0xabc123", 5, "pubkey1", 5.0, 0.01, TINY, WeightsConfig(), node_id=0, node_count=2, url="http://host")
 WAIT_SECONDS = 240.0
 

@@ -48,7 +48,10 @@ def store_of(folder: Path, checkpoint: Checkpoint, data: CalibrationSet, config:
     return PartialStore(folder, observation_key(checkpoint, data, config))
 
 
-@pytest.mark.parametrize("placement", ["resident", "layers", "streaming"])
+@pytest.mark.parametrize(
+    "placement",
+    ["resident", pytest.param("layers", marks=pytest.mark.slow), pytest.param("streaming", marks=pytest.mark.slow)],
+)
 def test_an_actor_that_is_killed_half_way_changes_no_bit(
     placement: str,
     checkpoint: Checkpoint,
