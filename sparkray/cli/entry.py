@@ -8,12 +8,14 @@ import types
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from sparkray.config.base import Settings, load_settings
 from sparkray.errors import EXIT_INTERRUPTED, SparkrayError, exit_code
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
+if TYPE_CHECKING:
+    from sparkray.config.base import Settings
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
 def run_guarded(command: Callable[[], object]) -> None:
@@ -42,6 +44,7 @@ def run_job(kind: type[SettingsT], job: Callable[[SettingsT, bool], Mapping[str,
     """
 
     def run() -> None:
+        from sparkray.config.base import load_settings
         from sparkray.telemetry.console import print_json
 
         given = vars(_parser(kind, job.__doc__).parse_args())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -98,6 +97,8 @@ def ask(
 ) -> None:
     """Read a prompt here with vLLM and have it answered by a decode peer, or send it as text to a server's URL."""
     if peer.startswith(("http://", "https://")):
+        import asyncio
+
         _print(asyncio.run(_ask_plainly(peer, prompt, model or "default", max_tokens)), json_output)
         return
     settings = _prefill_settings(config, overrides, model=model, dtype=dtype, codec=codec)
@@ -252,6 +253,8 @@ def _with_prefill(settings: PrefillConfig, run: Any) -> dict[str, Any]:
         finally:
             prefiller.close()
         return result
+
+    import asyncio
 
     return asyncio.run(whole())
 
