@@ -119,9 +119,9 @@ def test_the_others_go_on_when_one_is_pruned(engine: LiveEngine) -> None:
     # Long enough that the engine, on a busy machine, is not done before this loop hears of the fourth token.
     search = search_of(engine, PruneAt(4, count=1), ESSAY, num_paths=3, max_tokens=120)
     report = report_of(all_events(engine, search))
-    assert [path.finish_reason for path in report.paths] == ["pruned", "length", "length"]
-    assert report.paths[0].num_tokens < 120
-    assert [path.num_tokens for path in report.paths[1:]] == [120, 120]
+    pruned, *others = report.paths
+    assert pruned.finish_reason == "pruned" and pruned.num_tokens < 120
+    assert {path.finish_reason for path in others} <= {"stop", "length"}, "by themselves, or at their limit"
     assert report.num_tokens == sum(path.num_tokens for path in report.paths)
 
 
