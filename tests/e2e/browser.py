@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 import subprocess
 import time
@@ -19,6 +20,8 @@ from sparkray.cluster.processes import free_port
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 MISSING = "Chromium or its driver is not installed (Debian: apt-get install chromium chromium-driver)"
+# Where a person wants to look: a folder for the screenshots.
+PICTURES = os.environ.get("SPARKRAY_SCREENSHOTS")
 KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "ArrowDown": "\ue015", "Space": " "}
 
 
@@ -111,3 +114,25 @@ def open_browser(width: int = 1280, height: int = 900) -> Iterator[Browser]:
     finally:
         driver.terminate()
         driver.wait(30)
+
+
+def picture(browser: Browser, name: str) -> None:
+    if PICTURES:
+        browser.screenshot(Path(PICTURES) / f"{name}.png")
+
+
+def no_overlap(browser: Browser) -> None:
+    """Nothing sticks out of the window, and no two parts of a lane or of the form lie on each other."""
+    found = browser.run(
+        """
+        const boxes = (nodes) => [...nodes].map((node) => node.getBoundingClientRect()).filter((box) => box.width);
+        const crossing = (all) => all.some((one, at) => all.slice(at + 1).some((other) =>
+          one.left < other.right - 1 && other.left < one.right - 1
+          && one.top < other.bottom - 1 && other.top < one.bottom - 1));
+        const lanes = [...document.querySelectorAll(".lane")].some((lane) => crossing(boxes(lane.children)));
+        const form = crossing(boxes(document.querySelectorAll("form label:not([hidden]), form button")));
+        const sections = crossing(boxes(document.querySelectorAll("header, form, .figures, #lanes, #votes")));
+        return {lanes, form, sections, wide: document.documentElement.scrollWidth > innerWidth};
+        """
+    )
+    assert found == {"lanes": False, "form": False, "sections": False, "wide": False}

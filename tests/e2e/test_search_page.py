@@ -6,21 +6,18 @@ With `SPARKRAY_SCREENSHOTS` set to a folder the browser's pictures are kept ther
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, DRIVER, MISSING, Browser, open_browser
+from browser import CHROMIUM, DRIVER, MISSING, Browser, no_overlap, open_browser, picture
 
 from sparkray.serving.page import page_folder
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason=MISSING)
 
-PICTURES = os.environ.get("SPARKRAY_SCREENSHOTS")
 EXAMPLE = json.loads((page_folder() / "example.json").read_text(encoding="utf-8"))
 TYPES = {
     ".html": "text/html",
@@ -85,28 +82,6 @@ def url() -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     with open_browser(height=1000) as opened:
         yield opened
-
-
-def picture(browser: Browser, name: str) -> None:
-    if PICTURES:
-        browser.screenshot(Path(PICTURES) / f"{name}.png")
-
-
-def no_overlap(browser: Browser) -> None:
-    """Nothing sticks out of the window, and no two parts of a lane or of the form lie on each other."""
-    found = browser.run(
-        """
-        const boxes = (nodes) => [...nodes].map((node) => node.getBoundingClientRect()).filter((box) => box.width);
-        const crossing = (all) => all.some((one, at) => all.slice(at + 1).some((other) =>
-          one.left < other.right - 1 && other.left < one.right - 1
-          && one.top < other.bottom - 1 && other.top < one.bottom - 1));
-        const lanes = [...document.querySelectorAll(".lane")].some((lane) => crossing(boxes(lane.children)));
-        const form = crossing(boxes(document.querySelectorAll("form label:not([hidden]), form button")));
-        const sections = crossing(boxes(document.querySelectorAll("header, form, .figures, #lanes, #votes")));
-        return {lanes, form, sections, wide: document.documentElement.scrollWidth > innerWidth};
-        """
-    )
-    assert found == {"lanes": False, "form": False, "sections": False, "wide": False}
 
 
 def done(browser: Browser) -> bool:

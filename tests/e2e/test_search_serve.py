@@ -7,7 +7,6 @@ browser's pictures are kept there.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browser import CHROMIUM, DRIVER, MISSING, Browser, open_browser
+from browser import CHROMIUM, DRIVER, MISSING, Browser, no_overlap, open_browser, picture
 
 from sparkray.cluster.processes import free_port, marked
 from sparkray.cluster.session import find_session
@@ -27,7 +26,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.timeout(900)]
 SPARKRAY = str(Path(sys.executable).with_name("sparkray"))
 NAME = "test-search"
 SMALL = ["--set", "engine.max_model_len=512", "--set", "engine.max_num_seqs=16", "--set", "engine.kv_cache_gib=0.25"]
-PICTURES = os.environ.get("SPARKRAY_SCREENSHOTS")
 
 
 def sparkray(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -149,28 +147,6 @@ def browser() -> Iterator[Browser]:
         pytest.skip(MISSING)
     with open_browser() as opened:
         yield opened
-
-
-def picture(browser: Browser, name: str) -> None:
-    if PICTURES:
-        browser.screenshot(Path(PICTURES) / f"{name}.png")
-
-
-def no_overlap(browser: Browser) -> None:
-    """Nothing sticks out of the window, and no two parts of a lane or of the form lie on each other."""
-    found = browser.run(
-        """
-        const boxes = (nodes) => [...nodes].map((node) => node.getBoundingClientRect()).filter((box) => box.width);
-        const crossing = (all) => all.some((one, at) => all.slice(at + 1).some((other) =>
-          one.left < other.right - 1 && other.left < one.right - 1
-          && one.top < other.bottom - 1 && other.top < one.bottom - 1));
-        const lanes = [...document.querySelectorAll(".lane")].some((lane) => crossing(boxes(lane.children)));
-        const form = crossing(boxes(document.querySelectorAll("form label:not([hidden]), form button")));
-        const sections = crossing(boxes(document.querySelectorAll("header, form, .figures, #lanes, #votes")));
-        return {lanes, form, sections, wide: document.documentElement.scrollWidth > innerWidth};
-        """
-    )
-    assert found == {"lanes": False, "form": False, "sections": False, "wide": False}
 
 
 def test_a_live_search_on_the_page(browser: Browser, url: str) -> None:
