@@ -244,6 +244,8 @@ def _with_prefill(settings: PrefillConfig, run: Any) -> dict[str, Any]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # One machine, one process group: no address of the outside is needed, and a namespace may have none.
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    # Standard output is for the result alone.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from sparkray.handoff.vllm_prefill import PrefillEngine
 
     async def whole() -> dict[str, Any]:

@@ -213,6 +213,10 @@ class Coordinator:
             hint="Start a decode peer with: sparkray handoff decode.",
         ) from failure
 
+    @property
+    def _can_prefill(self) -> bool:
+        return self._prefiller is not None and self._prefiller.is_alive
+
     def _choose_peer(self, conversation: str) -> _PeerState | None:
         """The conversation's peer, or the one with the least to do; None where all rest."""
         now = time.monotonic()
@@ -243,7 +247,7 @@ class Coordinator:
             decode_tokens_per_second=self.decode_rate.rate(1),
         )  # fmt: skip
         sides = Sides(
-            self._shape, prefill if self._prefiller is not None else None, decode if state is not None else None,
+            self._shape, prefill if self._can_prefill else None, decode if state is not None else None,
             self._link, context_tokens=self._context_tokens,
         )  # fmt: skip
         decision = choose_route(sides, work, self._config, known.route if known is not None else None)
@@ -260,6 +264,8 @@ class Coordinator:
                     yield piece
             return
         prefiller = self._prefiller if route == "handoff" else None
+        # Why no rows are awaited, where none are.
+        unasked: str = route if self._prefiller is None or self._can_prefill else Reason.PREFILL_LOST
         if prefiller is not None:
             await self._pair(state, prefiller)
         told = Told()
@@ -268,9 +274,13 @@ class Coordinator:
         async with aclosing(answer(state.peer, ask, prefiller, told)) as messages:
             async for message in messages:
                 verdict, reason = (message.verdict, message.reason) if not lost else ("partial", "peer_lost")
+                if prefiller is None and not lost:
+                    reason = unasked
                 for offset, token in enumerate(message.token_ids):
                     yield Piece(message.index + offset, token, route, verdict, reason)
         self._learn(ask, told, state, route, outcome, began)
+        if prefiller is None and not lost:
+            outcome.reason = unasked
 
     async def _at_prefill_node(self, ask: Ask, outcome: Outcome) -> AsyncGenerator[Piece]:
         assert self._prefiller is not None

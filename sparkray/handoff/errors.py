@@ -27,6 +27,7 @@ class Reason(StrEnum):
     CUT = "cut"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
+    PREFILL_LOST = "prefill_lost"
     ENGINE = "engine"
 
 

@@ -57,6 +57,11 @@ class Prefiller(Protocol):
     identity: ModelIdentity
     vocabulary: int
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still read prompts."""
+        ...
+
     async def prefill(self, prompt: list[int], order: PrefillOrder, timeout_seconds: float) -> FirstToken:
         """Read the prompt and send its rows; returns when the engine has read it."""
         ...

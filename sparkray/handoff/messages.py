@@ -181,7 +181,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Confirm:
-    """The prefill side's likeliest first tokens with their natural log probabilities, likeliest first."""
+    """The prefill side's likeliest first tokens with their natural log probabilities, likeliest first.
+
+    None of them: it ended without reading the prompt, and no further connection of it will come.
+    """
 
     request: str
     token_ids: tuple[int, ...]

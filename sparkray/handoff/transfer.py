@@ -38,6 +38,7 @@ class Transfer:
         self._progress_at = time.monotonic()
         self._is_complete = False
         self._is_closed = False
+        self._is_connected = False
 
     @property
     def received_bytes(self) -> int:
@@ -67,6 +68,7 @@ class Transfer:
                 self.assembly = RowAssembly(hello, limits)
             elif self.assembly.hello != hello:
                 raise ProtocolError(Reason.ORDER, "the transfer was taken up with another HELLO than it began with.")
+            self._is_connected = True
             self._progress_at = time.monotonic()
             self._changed.notify_all()
             return self.assembly
@@ -88,6 +90,8 @@ class Transfer:
         """The connection is gone; another may come until the wait ends."""
         with self._changed:
             self.last_reason = reason
+            self._is_connected = False
+            self._changed.notify_all()
 
     def fail(self, reason: str) -> None:
         """No more rows will come."""
@@ -97,11 +101,15 @@ class Transfer:
             self._changed.notify_all()
 
     def put_confirm(self, confirm: Confirm) -> None:
-        """The prefill side's first token has come."""
-        self.confirm = confirm
+        """The prefill side's first token has come, or the word that there is none."""
+        with self._changed:
+            self.confirm = confirm
+            self._changed.notify_all()
 
     def wait_for_rows(self, timeout_seconds: float, listen: Callable[[float], None]) -> bool:
         """Wait until all rows are here, failed, or nothing came for so long; then the transfer is closed.
+
+        A prefill side that has ended is not waited for once what it sent has been read.
 
         Args:
             timeout_seconds: longest time without any row.
@@ -113,14 +121,20 @@ class Transfer:
         while True:
             with self._changed:
                 left = self._progress_at + timeout_seconds - time.monotonic()
-                if not (self._is_complete or self._is_closed or left <= 0):
+                if not (self._is_complete or self._is_closed or self._is_lost or left <= 0):
                     self._changed.wait(min(left, _LISTEN_SECONDS))
-                if self._is_complete or self._is_closed or left <= 0:
+                if self._is_complete or self._is_closed or self._is_lost or left <= 0:
+                    if self._is_lost and not (self._is_complete or self._is_closed):
+                        self.last_reason = Reason.PREFILL_LOST
                     if not self._is_complete:
                         self.last_reason = self.last_reason or Reason.TIMEOUT
                     self._is_closed = True
                     return self._is_complete
             listen(0.0)
+
+    @property
+    def _is_lost(self) -> bool:
+        return self.confirm is not None and not self.confirm.token_ids and not self._is_connected
 
     def wait_for_confirm(self, timeout_seconds: float, listen: Callable[[float], None]) -> Confirm | None:
         """Wait for the prefill side's first token."""

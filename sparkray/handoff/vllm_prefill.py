@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from sparkray.config.handoff import PrefillConfig
-from sparkray.errors import InputError, InternalError
+from sparkray.errors import InputError, InternalError, UnavailableError
 from sparkray.handoff.fingerprint import ModelIdentity, identity_of_config
 from sparkray.handoff.handing import FirstToken, PrefillOrder
 from sparkray.handoff.model_files import folder_lineage, folder_tokenizer, folder_weights, read_config
@@ -80,6 +82,7 @@ class PrefillEngine:
 
         Raises:
             InputError: the prompt is longer than the engine takes.
+            UnavailableError: the engine has ended.
             TimeoutError: it took longer.
         """
         self._check_length(prompt, 1)
@@ -91,8 +94,8 @@ class PrefillEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"kv_transfer_params": {PARAMS_KEY: asdict(order)}},
         )
-        async with asyncio.timeout(timeout_seconds):
-            async for output in self._engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
+        async with asyncio.timeout(timeout_seconds), aclosing(self._outputs(prompt, params)) as outputs:
+            async for output in outputs:
                 ranked = sorted(output.outputs[0].logprobs[0].items(), key=lambda item: -item[1].logprob)
                 ranked = ranked[:_FIRST_TOKENS]
                 return FirstToken(tuple(token for token, _ in ranked), tuple(each.logprob for _, each in ranked))
@@ -108,13 +111,26 @@ class PrefillEngine:
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, logprobs=2, ignore_eos=True,
             detokenize=False, stop_token_ids=list(stop_ids), output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
-        async for output in self._engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
-            completion = output.outputs[0]
-            for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True):
-                if token in stop_ids:
-                    return
-                first, second, *_ = sorted((each.logprob for each in logprobs.values()), reverse=True)
-                yield token, first - second
+        async with aclosing(self._outputs(prompt, params)) as outputs:
+            async for output in outputs:
+                completion = output.outputs[0]
+                for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True):
+                    if token in stop_ids:
+                        return
+                    first, second, *_ = sorted((each.logprob for each in logprobs.values()), reverse=True)
+                    yield token, first - second
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine still runs; one that died does not come back."""
+        return not self._engine.errored
+
+    async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Any]:
+        try:
+            async for output in self._engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
+                yield output
+        except EngineDeadError as failure:
+            raise UnavailableError("the prefill engine has ended; its log says why.") from failure
 
     def close(self) -> None:
         self._engine.shutdown()

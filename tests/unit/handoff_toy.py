@@ -188,6 +188,7 @@ class ToyPrefiller:
         self._before = before
         self.reports: list[SendReport] = []
         self.orders: list[PrefillOrder] = []
+        self.is_alive = True
 
     async def prefill(self, prompt: list[int], order: PrefillOrder, timeout_seconds: float) -> FirstToken:
         self.orders.append(order)

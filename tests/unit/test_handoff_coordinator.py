@@ -18,7 +18,7 @@ from sparkray.handoff.agent import DecodeAgent
 from sparkray.handoff.client import Peer
 from sparkray.handoff.coordinator import Coordinator, Outcome
 from sparkray.handoff.errors import ProtocolError, Reason
-from sparkray.handoff.handing import Ask, pair
+from sparkray.handoff.handing import Ask, FirstToken, PrefillOrder, pair
 
 PROMPT = (5, 17, 3, 88, 41, 9, 60, 2, 33, 71, 12, 54, 90)
 NUM_TOKENS = 16
@@ -102,7 +102,8 @@ async def test_the_answer_is_that_of_one_engine(two: Peers) -> None:
 async def test_every_route_gives_the_same_text(two: Peers, route: Any) -> None:
     tokens, outcome = await run(coordinator(two, force=route), Ask(PROMPT, NUM_TOKENS))
     assert tokens == monolithic(list(PROMPT), NUM_TOKENS)
-    assert outcome.verdict == ("full" if route == "handoff" else "local")
+    expected = ("full", "") if route == "handoff" else ("local", route)
+    assert (outcome.verdict, outcome.reason) == expected
 
 
 @pytest.mark.parametrize("at", sorted(random.Random(3).sample(range(1, NUM_TOKENS), 10)))
@@ -138,6 +139,36 @@ async def test_a_prefill_side_killed_at_a_layer_changes_nothing_for_the_client(t
     assert tokens == monolithic(list(PROMPT), NUM_TOKENS)
     assert outcome.verdict == ("partial" if at >= 3 else "local") and outcome.reason == Reason.CANCELLED
     assert outcome.rows_received == 5 * (at // 3)
+
+
+class DyingPrefiller(ToyPrefiller):
+    """Its process is gone after some slices: the connection ends, and no last word is said on it."""
+
+    async def prefill(self, prompt: list[int], order: PrefillOrder, timeout_seconds: float) -> FirstToken:
+        await super().prefill(prompt, order, timeout_seconds)
+        self.is_alive = False
+        raise UnavailableError("the prefill engine has ended.")
+
+
+@pytest.mark.parametrize("at", [0, 2, 4, 7])
+async def test_a_prefill_process_that_is_gone_is_not_waited_for(two: Peers, at: int) -> None:
+    def die(index: int) -> None:
+        if index >= at:
+            raise UnavailableError("killed")
+
+    made = coordinator(two, DyingPrefiller(before=die))
+    for state in made._peers:
+        await pair(state.peer, ToyPrefiller())
+        state.is_paired = True
+    # Longer than a test may take: what ends the wait is the word that no more will come.
+    tokens, outcome = await run(made, Ask(PROMPT, NUM_TOKENS, timeout_seconds=600))
+    assert tokens == monolithic(list(PROMPT), NUM_TOKENS)
+    assert outcome.verdict == ("partial" if at >= 3 else "local") and outcome.reason == Reason.PREFILL_LOST
+    assert outcome.rows_received == 5 * (at // 3)
+    tokens, outcome = await run(made, Ask(PROMPT, NUM_TOKENS))
+    assert tokens == monolithic(list(PROMPT), NUM_TOKENS)
+    assert (outcome.verdict, outcome.reason) == ("local", Reason.PREFILL_LOST)
+    assert outcome.decision is not None and outcome.decision.route == "decode_node"
 
 
 async def test_where_all_peers_are_gone_the_prefill_side_goes_on(secret_file: str) -> None:
