@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--top-logprobs", type=int, default=20)
-    parser.add_argument("--tail-draws", type=int, default=4)
+    parser.add_argument("--tail-draws", type=int, default=StoreConfig().tail_draws)
     parser.add_argument(
         "--num-draws", type=int, default=24, help="Repetitions that the sampled gradient is averaged over."
     )

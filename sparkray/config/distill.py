@@ -106,7 +106,7 @@ class StoreConfig(Settings):
     """The Parquet store of a teacher's rows for a packed corpus."""
 
     top_logprobs: int = Field(20, ge=1, le=1024, description="Entries of the exact head.")
-    tail_draws: int = Field(4, ge=0, le=256, description="Tokens drawn from the rest, where full logits are at hand.")
+    tail_draws: int = Field(6, ge=0, le=256, description="Tokens drawn from the rest, where full logits are at hand.")
     temperature: float = Field(1.0, gt=0, le=100, description="Temperature at which head and tail are taken.")
     shard_sequences: int = Field(32, ge=1, le=65_536, description="Sequences in one file.")
     seed: int = Field(0, ge=0, description="Seed of the draws.")

@@ -32,8 +32,8 @@ class TokenScores:
         head_ids_LK: the likeliest tokens, likeliest first; -1 where a row has fewer than K.
         head_logprobs_LK: their log-probabilities in nats; -inf where the id is -1.
         token_logprobs_L: of the token that follows in the sequence.
-        tail_ids_LM: tokens drawn from what the head leaves, with replacement; M is 0 where the full vocabulary was
-            not at hand.
+        tail_ids_LM: tokens drawn from what the head leaves, ascending; the M draws of a row belong together. M is 0
+            where the full vocabulary was not at hand.
         entropy_L: of the whole distribution, in nats; NaN where the full vocabulary was not at hand.
         temperature: at which all of it was taken.
     """
@@ -123,14 +123,18 @@ def head_only(head_ids_LK: Ids, head_logprobs_LK: Floats, token_logprobs_L: Floa
 
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """Rows after one another; heads are padded to the longest, draws cut to the fewest."""
+    """Rows after one another; heads are padded to the longest. Draws stay where all parts have as many.
+
+    The draws of a row belong together, so they cannot be cut to the fewest.
+    """
     longest = max(part.top_logprobs for part in parts)
-    fewest = min(part.tail_ids_LM.shape[1] for part in parts)
+    num_draws = {part.tail_ids_LM.shape[1] for part in parts}
+    kept = num_draws.pop() if len(num_draws) == 1 else 0
     return TokenScores(
         np.concatenate([_padded(part.head_ids_LK, longest, -1) for part in parts]),
         np.concatenate([_padded(part.head_logprobs_LK, longest, -np.inf) for part in parts]),
         np.concatenate([part.token_logprobs_L for part in parts]),
-        np.concatenate([part.tail_ids_LM[:, :fewest] for part in parts]),
+        np.concatenate([part.tail_ids_LM[:, :kept] for part in parts]),
         np.concatenate([part.entropy_L for part in parts]),
         parts[0].temperature,
     )

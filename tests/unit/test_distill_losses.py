@@ -21,6 +21,7 @@ from sparkray.distill.losses import (
     student_bucket_logprobs,
     uld_loss,
 )
+from sparkray.distill.scores import TokenScores, joined
 from sparkray.distill.targets import (
     TargetRows,
     bucket_logprobs,
@@ -245,10 +246,39 @@ def test_rows_from_logits_hold_head_tail_and_entropy() -> None:
     np.testing.assert_allclose(np.exp(scores.token_logprobs_L), 0.1, rtol=1e-5)
     assert scores.entropy_L[0] == pytest.approx(-sum(p * math.log(p) for p in probabilities), rel=1e-5)
     assert scores.tail_mass[0] == pytest.approx(0.3, rel=1e-5)
-    # 1,200 draws from {0: 1/6, 2: 1/3, 4: 1/2}; four standard errors of the rarest are 0.043.
-    counts = np.bincount(scores.tail_ids_LM.ravel(), minlength=5) / 1200
-    assert counts[[1, 3]].tolist() == [0, 0]
-    np.testing.assert_allclose(counts[[0, 2, 4]], [1 / 6, 1 / 3, 1 / 2], atol=0.06)
+    # Three draws a row from {0: 1/6, 2: 1/3, 4: 1/2}: 0.5, 1 and 1.5 of each are expected, and no row is further from
+    # that than one. Four standard errors of the mean of 400 rows are 0.1 where a count is one of two.
+    counts_L5 = np.stack([np.bincount(draws, minlength=5) for draws in scores.tail_ids_LM])
+    expected = np.array([0.5, 0, 1, 0, 1.5])
+    assert (np.abs(counts_L5 - expected) < 1).all()
+    assert counts_L5[:, 2].tolist() == [1] * 400
+    np.testing.assert_allclose(counts_L5.mean(0), expected, atol=0.1)
+
+
+def test_draws_of_equal_offset_steps_are_unbiased_for_any_weights() -> None:
+    weights = torch.tensor([[0.02, 0.9, 0.03, 0.001, 0.029, 0.02]])
+    num_offsets, tail = 4000, 0.1
+    scores = scores_from_logits(
+        weights.log().repeat(num_offsets, 1),
+        torch.zeros(num_offsets, dtype=torch.int64),
+        top_logprobs=1,
+        tail_draws=2,
+        generator=torch.Generator().manual_seed(3),
+    )
+    shares = np.bincount(scores.tail_ids_LM.ravel(), minlength=6) / scores.tail_ids_LM.size
+    expected = weights[0].numpy() / tail
+    expected[1] = 0
+    # Standard error of a share below 0.3 over 4,000 rows of 2 draws: at most 0.006.
+    np.testing.assert_allclose(shares, expected, atol=0.02)
+    assert (np.diff(scores.tail_ids_LM, axis=1) >= 0).all()
+
+
+def test_rows_of_unequal_numbers_of_draws_keep_none() -> None:
+    def part(num_draws: int) -> TokenScores:
+        return scores_from_logits(torch.zeros(2, 9), torch.tensor([0, 1]), top_logprobs=2, tail_draws=num_draws)
+
+    assert joined([part(3), part(3)]).tail_ids_LM.shape == (4, 3)
+    assert joined([part(3), part(2)]).tail_ids_LM.shape == (4, 0)
 
 
 def test_draws_depend_on_tokens_and_seed_alone() -> None:

@@ -21,7 +21,7 @@ from sparkray.distill.scores import TokenScores
 from sparkray.distill.store.capture import capture_store, store_header
 from sparkray.distill.store.manifest import read_manifest
 from sparkray.distill.store.reader import LogitStore
-from sparkray.distill.store.shards import shard_name
+from sparkray.distill.store.shards import read_shard, shard_name, write_shard
 from sparkray.errors import InputError, NotFoundError, UsageError
 
 IDENTITY = TeacherIdentity("m", "", "", "t", "e", "float32", "local", "forward")
@@ -152,6 +152,22 @@ def test_rows_come_back_to_half_precision(tmp_path: Path) -> None:
     sizes = sum((tmp_path / shard_name(shard)).stat().st_size for shard in range(5))
     assert manifest.bytes_per_token == sizes / PACK.train.num_tokens
     assert json.loads((tmp_path / "manifest.json").read_text())["store_id"] == header.store_id
+
+
+@pytest.mark.parametrize("vocab_size", [257, 100_000])
+def test_values_in_any_order_come_back_bit_by_bit(tmp_path: Path, vocab_size: int) -> None:
+    generator = np.random.default_rng(0)
+    header = replace(store_header(PACK, IDENTITY, CONFIG), vocab_size=vocab_size, num_sequences=1)
+    tokens = PACK.train.tokens(0)
+    num_rows = len(tokens) - 1
+    logprobs = generator.choice(np.float16([-np.inf, -0.0, -1e-7, -1, -6e4]), (num_rows, 3)).astype(np.float32)
+    ids, draws = (generator.integers(0, vocab_size, (num_rows, width)).astype(np.int32) for width in (3, 4))
+    scores = TokenScores(ids, logprobs, logprobs[:, 0], draws, np.full(num_rows, np.nan, np.float32))
+    entry = write_shard(tmp_path, header, 0, [tokens], [scores])
+    _, found = read_shard(tmp_path, header, entry)[0]
+    np.testing.assert_array_equal(found.head_logprobs_LK, logprobs)
+    np.testing.assert_array_equal(found.head_ids_LK, ids)
+    np.testing.assert_array_equal(found.tail_ids_LM, draws)
 
 
 def test_entries_that_do_not_exist_come_back_as_such(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sparkray.distill.identity import TeacherIdentity
 from sparkray.errors import InputError, NotFoundError, UsageError
 
 HEADER, MANIFEST = "header.json", "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """One file of a store: a row a sequence, each column a flat list.
 
 Log-probabilities are float16, ids two bytes where the vocabulary allows; both lie in split byte streams, whose high
-bytes compress well: a position's head falls, and frequent tokens have small ids.
+bytes compress well. A head falls and a position's draws ascend, so of both the steps are kept, all first ones, all
+second ones and so on: a step of a float16 is the difference of its two bytes read as a number. Steps wrap around, so
+what does not fall or ascend comes back whole too.
 
 Shapes: L rows, K entries, M draws.
 """
@@ -25,7 +27,7 @@ from sparkray.distill.store.manifest import ShardEntry, StoreHeader, write_json
 from sparkray.errors import InputError
 from sparkray.models.cache import file_sha256
 
-_LISTS = ("head_ids", "head_logprobs", "token_logprobs", "tail_ids", "entropy")
+_LISTS = ("head_ids", "head_logprob_steps", "token_logprobs", "tail_id_steps", "entropy")
 # Stands for "no entry" in unsigned ids; a vocabulary of 65,536 and more takes four bytes.
 _NO_ID_16 = 65_535
 
@@ -62,9 +64,9 @@ def write_shard(
         ("sequence", pa.int32()),
         ("tokens_sha256", pa.binary(16)),
         ("head_ids", pa.list_(ids)),
-        ("head_logprobs", pa.list_(pa.float16())),
+        ("head_logprob_steps", pa.list_(pa.uint16())),
         ("token_logprobs", pa.list_(pa.float16())),
-        ("tail_ids", pa.list_(ids)),
+        ("tail_id_steps", pa.list_(ids)),
         ("entropy", pa.list_(pa.float16())),
     ]
     kind = np.uint16 if two_bytes else np.int32
@@ -74,9 +76,9 @@ def write_shard(
             "tokens_sha256": [tokens_sha256(token_ids) for token_ids in sequences],
             # -1 wraps to 65,535 in two bytes, which no id of such a vocabulary is.
             "head_ids": [one.head_ids_LK.astype(kind).ravel() for one in scores],
-            "head_logprobs": [one.head_logprobs_LK.astype(np.float16).ravel() for one in scores],
+            "head_logprob_steps": [_steps(one.head_logprobs_LK.astype(np.float16).view(np.uint16)) for one in scores],
             "token_logprobs": [one.token_logprobs_L.astype(np.float16) for one in scores],
-            "tail_ids": [one.tail_ids_LM.astype(kind).ravel() for one in scores],
+            "tail_id_steps": [_steps(one.tail_ids_LM.astype(kind)) for one in scores],
             "entropy": [one.entropy_L.astype(np.float16) for one in scores],
         },
         schema=pa.schema(columns),
@@ -88,7 +90,7 @@ def write_shard(
         table,
         building,
         compression="zstd",
-        compression_level=9,
+        compression_level=19,
         use_dictionary=False,
         write_statistics=False,
         use_byte_stream_split=split,
@@ -131,14 +133,24 @@ def read_shard(folder: Path, header: StoreHeader, entry: ShardEntry) -> dict[int
         num_rows = len(values["token_logprobs"])
         scores = TokenScores(
             _ids(values["head_ids"].reshape(num_rows, -1)),
-            values["head_logprobs"].reshape(num_rows, -1).astype(np.float32),
+            _summed(values["head_logprob_steps"], num_rows).view(np.float16).astype(np.float32),
             values["token_logprobs"].astype(np.float32),
-            _ids(values["tail_ids"].reshape(num_rows, -1)),
+            _ids(_summed(values["tail_id_steps"], num_rows)),
             values["entropy"].astype(np.float32),
             header.temperature,
         )
         rows[columns["sequence"][row].as_py()] = (columns["tokens_sha256"][row].as_py(), scores)
     return rows
+
+
+def _steps(values_LK: NDArray[Any]) -> NDArray[Any]:
+    before_LK = np.pad(values_LK[:, :-1], ((0, 0), (1, 0)))[:, : values_LK.shape[1]]
+    steps: NDArray[Any] = (values_LK - before_LK).T.ravel()
+    return steps
+
+
+def _summed(steps: NDArray[Any], num_rows: int) -> NDArray[Any]:
+    return np.ascontiguousarray(steps.reshape(-1, num_rows).cumsum(axis=0, dtype=steps.dtype).T)
 
 
 def _ids(stored_LK: NDArray[np.uint16] | NDArray[np.int32]) -> NDArray[np.int32]:
