@@ -1,10 +1,10 @@
-"""`sparkray handoff`: decode, ask, verify, plan."""
+"""`sparkray handoff`: decode, find, ask, verify, plan."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from sparkray.handoff.client import Peer
     from sparkray.handoff.vllm_prefill import PrefillEngine
 
-app = typer.Typer(no_args_is_help=True, help="Prefill here, decode there: decode, ask, verify, plan.")
+app = typer.Typer(no_args_is_help=True, help="Prefill here, decode there: decode, find, ask, verify, plan.")
 
 PeerAddress = Annotated[
-    str, typer.Option("--peer", help="Decode peer, as mac.local:7070; or a server, as http://mac:11434/v1.")
+    str,
+    typer.Option("--peer", help="Decode peer, as mac.local:7070; a server, as http://mac:11434/v1; or mdns: find one."),
 ]
 SecretFile = Annotated[Path | None, typer.Option(help="File with the secret that both sides share.")]
 Model = Annotated[str | None, typer.Option(help="`embedded`, a directory, a GGUF file or a hub id.")]
@@ -43,6 +44,7 @@ def decode(
     context_tokens: Annotated[int | None, typer.Option(help="Longest sequence, prompt and answer.")] = None,
     secret_file: SecretFile = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without TLS.")] = None,
+    announce: Annotated[bool, typer.Option("--announce", help="Be found on the local network (mDNS).")] = False,
     config: ConfigFiles = None,
     overrides: Overrides = None,
     json_output: JsonFlag = False,
@@ -65,6 +67,11 @@ def decode(
     from sparkray.handoff.engine import create_engine
 
     agent = DecodeAgent(settings, create_engine)
+    told: AbstractContextManager[None] = nullcontext()
+    if announce:
+        from sparkray.handoff.discovery import announced
+
+        told = announced(agent.address, agent.identity)
     _print(
         {
             "address": agent.address,
@@ -76,9 +83,28 @@ def decode(
         json_output,
     )
     try:
-        agent.serve()
+        with told:
+            agent.serve()
     finally:
         agent.stop()
+
+
+@app.command()
+def find(
+    seconds: Annotated[float, typer.Option(min=0.1, max=60, help="How long to listen for answers.")] = 3.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """List decode peers of the local network that were started with `--announce`."""
+    from dataclasses import asdict
+
+    from sparkray.handoff.discovery import find_peers
+
+    found = [asdict(peer) for peer in find_peers(seconds)]
+    if json_output:
+        _print({"peers": found}, json_output)
+        return
+    for peer in found:
+        typer.echo("  ".join(str(value) for value in peer.values()))
 
 
 @app.command()
@@ -102,6 +128,10 @@ def ask(
         _print(asyncio.run(_ask_plainly(peer, prompt, model or "default", max_tokens)), json_output)
         return
     settings = _prefill_settings(config, overrides, model=model, dtype=dtype, codec=codec)
+    if peer == "mdns":
+        from sparkray.handoff.discovery import find_one
+
+        peer = find_one().address
     target = _peer(peer, secret_file, settings)
     from sparkray.handoff.text import TextCodec
 
