@@ -7,8 +7,10 @@ run is made by the same command path that `sparkray train grpo` takes. Tasks:
 
 - one_token: is a word an animal or a thing; one token.
 - reasoning: a reasoning-gym generator with worked examples in the prompt, completions of 16 tokens and more. Which one
-  is decided here, by measurement, before anything is trained: of the candidates whose greedy accuracy on training
-  questions lies between 5 % and 60 %, the one in which most groups hold right and wrong completions.
+  is decided here, by measurement, before anything is trained: of the candidates whose accuracy on training questions
+  lies between 5 % and 60 %, the one in which most groups hold right and wrong completions. Accuracy is the mean over 8
+  answers drawn to each held-out question at the temperature of training, which is what training raises; that of greedy
+  answers stands beside it.
 
 The control has the same rewards, groups and steps, and its advantages are dealt out at random. Seeds and arms are
 interleaved. Intervals are Student's t over seeds at 95 %. With `--folder` a benchmark that was ended goes on: runs that
@@ -73,11 +75,11 @@ CANDIDATES = (
     Candidate(
         "letter_counting",
         {"min_words": 1, "max_words": 1},
-        r'letter "(\w)" appear in the text: "([A-Za-z]{6,})"',
+        r'letter "(\w)" appear in the text: "([A-Za-z]{8,})"',
         'How many "{0}" in "{1}"?',
         (
-            ('How many "e" in "green"?', "g, r, e, e, n. The answer is 2."),
-            ('How many "a" in "dog"?', "d, o, g. The answer is 0."),
+            ('How many "e" in "green"?', "The letters are g, r, e, e, n. The answer is 2."),
+            ('How many "a" in "dog"?', "The letters are d, o, g. The answer is 0."),
         ),
     ),
 )
@@ -191,7 +193,8 @@ def finished_run(config: Any, engines: Any) -> dict[str, Any]:
 
 
 def measure(name: str, values: dict[str, Any], engines: Any, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every seed with and without a signal, interleaved."""
+    """Every seed with and without a signal, interleaved; accuracy is that of drawn answers where the task has any."""
+    kind = "eval_drawn" if values.get("eval_generations") else "eval"
     arms: dict[str, list[dict[str, Any]]] = {"real": [], "control": []}
     for seed in range(seeds):
         for arm, found in arms.items():
@@ -200,18 +203,22 @@ def measure(name: str, values: dict[str, Any], engines: Any, seeds: int, say: Ca
             started = time.monotonic()
             found.append(finished_run(run_config(values, changes), engines))
             say(
-                f"{name} {arm} seed {seed}: held-out {found[-1]['eval_before']:.3f} -> {found[-1]['eval_after']:.3f} "
-                f"in {time.monotonic() - started:.0f} s"
+                f"{name} {arm} seed {seed}: held-out {found[-1][f'{kind}_before']:.3f} -> "
+                f"{found[-1][f'{kind}_after']:.3f}, greedy {found[-1]['eval_before']:.3f} -> "
+                f"{found[-1]['eval_after']:.3f} in {time.monotonic() - started:.0f} s"
             )
-    gains = {arm: [run["eval_after"] - run["eval_before"] for run in runs] for arm, runs in arms.items()}
+    gains = {arm: [run[f"{kind}_after"] - run[f"{kind}_before"] for run in runs] for arm, runs in arms.items()}
     return {
-        "before": [run["eval_before"] for run in arms["real"]],
-        "after": [run["eval_after"] for run in arms["real"]],
-        "control_after": [run["eval_after"] for run in arms["control"]],
+        "before": [run[f"{kind}_before"] for run in arms["real"]],
+        "after": [run[f"{kind}_after"] for run in arms["real"]],
+        "control_after": [run[f"{kind}_after"] for run in arms["control"]],
         "gain": statistics.fmean(gains["real"]),
         "gain_interval": interval(gains["real"]),
         "control_gain": statistics.fmean(gains["control"]),
         "control_gain_interval": interval(gains["control"]),
+        "greedy_before": [run["eval_before"] for run in arms["real"]],
+        "greedy_after": [run["eval_after"] for run in arms["real"]],
+        "greedy_control_after": [run["eval_after"] for run in arms["control"]],
         "steps": values["max_steps"],
         "canary_gap_max": max(run["canary_gap_max"] for run in arms["real"]),
         "entropy_ratio": [run["entropy_ratio"] for run in arms["real"]],
@@ -238,11 +245,12 @@ def reasoning(folder: Path, candidate: Candidate, steps: int, num_held_out: int)
     """Settings of a reasoning task, whose questions are written to `folder`."""
     taken: set[str] = set()
     held_out = reasoning_rows(candidate, seed=70_001, count=num_held_out, taken=taken)
-    rows = reasoning_rows(candidate, seed=20_001, count=40, taken=taken)
+    rows = reasoning_rows(candidate, seed=20_001, count=120, taken=taken)
     return {
         **common(folder),
         "dataset": write_rows(folder / f"{candidate.name}-train.jsonl", rows),
         "eval_dataset": write_rows(folder / f"{candidate.name}-held-out.jsonl", held_out),
+        "eval_generations": 8,
         "prompts_per_step": 6,
         "max_steps": steps,
         "max_prompt_tokens": 128,
@@ -259,7 +267,7 @@ def choose(folder: Path, engines: Any, num_prompts: int, num_held_out: int) -> t
     if not kept.is_file():
         kept.write_text(json.dumps(_measured(folder, engines, num_prompts, num_held_out)), encoding="utf-8")
     measured: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
-    fitting = [one for one in measured if 0.05 <= one["greedy_accuracy"] <= 0.60 and one["mean_tokens"] >= 16]
+    fitting = [one for one in measured if 0.05 <= one["drawn_accuracy"] <= 0.60 and one["mean_tokens"] >= 16]
     if not fitting:
         raise SystemExit(f"no candidate lies between 5 % and 60 % with 16 tokens: {measured}")
     best = max(fitting, key=lambda one: one["mixed_groups"])
@@ -315,7 +323,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--seeds", type=int, default=3, choices=[1, 2, 3, 4, 5])
     parser.add_argument("--one-token-steps", type=int, default=20)
-    parser.add_argument("--reasoning-steps", type=int, default=12)
+    parser.add_argument("--reasoning-steps", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=50, help="held-out questions of the reasoning task")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and go on with those that are here")
     parser.add_argument("--only", choices=["one_token", "reasoning"], help="one of the two tasks")
@@ -350,7 +358,7 @@ def main() -> None:
             if arguments.only != "one_token":
                 result["reasoning"] = {
                     "task": candidate.name,
-                    "chosen_by": "most mixed groups among candidates with 5 % to 60 % greedy accuracy untrained",
+                    "chosen_by": "most mixed groups of candidates that get 5 % to 60 % right untrained (drawn answers)",
                     "candidates": measured,
                     # What a policy reaches that has learnt the answers' frequencies and nothing else.
                     "commonest_answer_share": commonest_share(Path(values["eval_dataset"])),

@@ -85,6 +85,7 @@ class GrpoConfig(Settings):
     dataset: str = Field(min_length=1, description="JSONL, JSON or Parquet in TRL's format: `prompt` and columns.")
     eval_dataset: str | None = Field(None, description="Held-out rows, answered greedily and scored.")
     eval_steps: int = Field(50, ge=1, description="Steps between two looks at them; also before and after.")
+    eval_generations: int = Field(0, ge=0, le=64, description="Answers drawn to each as well, at `temperature`.")
     output_dir: str = Field(min_length=1, description="Folder of checkpoints, curves and the report; all nodes see it.")
     run_name: str = Field("grpo", pattern=r"^[A-Za-z0-9][\w.-]*$", description="Folder of the run in the output.")
     algorithm: Algorithm = Field("grpo", description="`dpo` draws once, and trains on the best and worst of a group.")

@@ -188,15 +188,17 @@ def _finish(config: GrpoConfig, run_dir: Path, model_path: Path, total: int) -> 
     if config.method != "qlora" and not final.exists():
         export_model(model_path, checkpoint, final)
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
-    held_out = [(row["step"], row["eval_reward"]) for row in rows if row.get("eval_reward") is not None]
+    before = next((row for row in rows if row.get("eval_reward") is not None), {})
     summary: dict[str, Any] = {
         "run": config.run_name,
         "num_steps": len(rows),
         "planned_steps": total,
         "reward_first": rewards[0] if rewards else None,
         "reward_last": rewards[-1] if rewards else None,
-        "eval_before": held_out[0][1] if held_out else None,
+        "eval_before": before.get("eval_reward"),
         "eval_after": rows[-1].get("eval_reward_after"),
+        "eval_drawn_before": before.get("eval_reward_drawn"),
+        "eval_drawn_after": rows[-1].get("eval_reward_drawn_after"),
         **entropy_collapse(rows),
         "num_tokens": sum(row["num_tokens"] for row in rows),
         "seconds": sum(row["seconds"] for row in rows),

@@ -96,7 +96,7 @@ class _Rank:
             started = time.monotonic()
             row: dict[str, Any] = {"step": step}
             if self.eval_rows and step % config.eval_steps == 0:
-                row["eval_reward"] = self._evaluate()
+                row |= self._evaluate()
             groups = self._drawn(step, ahead)
             drawn = time.monotonic()
             ahead = self._ask(step + 1) if config.steps_off and step + 1 < self.num_steps else None
@@ -114,7 +114,7 @@ class _Rank:
             reading = self._push()
             pushed = time.monotonic()
             if self.eval_rows and self.step == self.num_steps:
-                row["eval_reward_after"] = self._evaluate()
+                row |= {f"{name}_after": value for name, value in self._evaluate().items()}
             row |= self._means(groups, kept) | report.to_dict()
             row |= {
                 "weight_version": self.version,
@@ -173,15 +173,15 @@ class _Rank:
     def _ask(self, step: int) -> list[Any]:
         mine = self._rows(step)[self.ranks.rank :: self.ranks.size]
         requests = [PromptRequest(row, self.prompts[row], self.config.num_generations) for row in mine]
-        return self._send(requests, greedy=False)
+        return self._send(requests, greedy=False, watch=True)
 
-    def _send(self, requests: Sequence[PromptRequest], *, greedy: bool) -> list[Any]:
+    def _send(self, requests: Sequence[PromptRequest], *, greedy: bool, watch: bool) -> list[Any]:
         config = self.config
         drawing = Drawing(
             temperature=0.0 if greedy else config.temperature,
             max_tokens=config.max_completion_tokens,
             stop=config.stop,
-            watch=not greedy,
+            watch=watch,
         )
         return [
             engine.generate.remote(part, drawing, version=self.version)
@@ -226,11 +226,18 @@ class _Rank:
     def _any(self, value: bool) -> bool:
         return self.ranks.max(torch.tensor([float(value)], device=self.device)).item() > 0
 
-    def _evaluate(self) -> float:
-        """Mean reward of greedy answers to the held-out rows, over all ranks."""
+    def _evaluate(self) -> dict[str, float]:
+        """Mean rewards on the held-out rows: `eval_reward` of greedy answers, `eval_reward_drawn` of drawn ones."""
+        found = {"eval_reward": self._held_out_reward(1, greedy=True)}
+        if self.config.eval_generations:
+            found["eval_reward_drawn"] = self._held_out_reward(self.config.eval_generations, greedy=False)
+        return found
+
+    def _held_out_reward(self, num_answers: int, *, greedy: bool) -> float:
+        """Mean reward of `num_answers` to each held-out row, over all ranks."""
         mine = range(self.ranks.rank, len(self.eval_rows), self.ranks.size)
-        requests = [PromptRequest(row, self.eval_prompts[row], 1) for row in mine]
-        groups = self._collect(lambda: self._send(requests, greedy=True))
+        requests = [PromptRequest(row, self.eval_prompts[row], num_answers) for row in mine]
+        groups = self._collect(lambda: self._send(requests, greedy=greedy, watch=False))
         found = self._score([replace(group, row=self.eval_rows[group.row_index]) for group in groups], verifiable=True)
         totals = [score.total for group in found for score in group if score.total == score.total]
         sums = self.ranks.sum(torch.tensor([sum(totals), len(totals)], dtype=torch.float64, device=self.device))

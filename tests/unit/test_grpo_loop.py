@@ -250,6 +250,16 @@ def test_held_out_rows_are_scored_before_and_after(run: Start, tmp_path: Path) -
     rows = expect_whole(run_dir)
     assert [row["step"] for row in rows if row.get("eval_reward") is not None] == [0, 3]
     assert rows[-1]["eval_reward_after"] in (0.0, 1.0)
+    assert "eval_reward_drawn" not in rows[0]
+
+
+def test_held_out_rows_are_answered_by_drawing_too(run: Start, tmp_path: Path) -> None:
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text('{"prompt": "number 77 is", "answer": "1"}\n')
+    _, run_dir, _ = run(eval_dataset=str(held_out), eval_steps=100, eval_generations=4)
+    rows = expect_whole(run_dir)
+    for share in (rows[0]["eval_reward_drawn"], rows[-1]["eval_reward_drawn_after"]):
+        assert share in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def test_an_engine_that_dies_is_pushed_to_and_asked_again(run: Start, model_path: Path) -> None:
