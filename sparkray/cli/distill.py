@@ -135,6 +135,9 @@ def train(
     ] = 0,
     min_workers: Annotated[int | None, typer.Option(help="Go on with as few workers as these.", min=1)] = None,
     spread: Annotated[bool, typer.Option(help="Put every worker on a node of its own.")] = False,
+    min_hit_rate: Annotated[
+        float | None, typer.Option(help="With --live: fail if the cache answered a smaller share.", min=0, max=1)
+    ] = None,
     config: ConfigFiles = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
@@ -144,6 +147,8 @@ def train(
     if num_workers:
         if autoencoder is not None:
             raise typer.BadParameter("the latent student trains in this process; leave --num-workers out.")
+        if min_hit_rate is not None:
+            raise typer.BadParameter("--min-hit-rate is counted in this process; leave --num-workers out.")
         _print(_train_on_cluster(pack, out, store, live, settings, num_workers, min_workers, spread), json)
         return
     from sparkray.distill.run import train_causal, train_latent
@@ -160,7 +165,12 @@ def train(
             summary = train_latent(
                 pack, out, settings, autoencoder_folder=autoencoder, store_folder=store, on_step=on_step
             )
-    _print(summary, json)
+    from sparkray.distill.gates import Gate, check_gates
+
+    broken = check_gates(summary.get("client") or {}, [Gate("hit_rate", min_hit_rate, "at_least")])
+    _print(summary | {"broken_gates": broken}, json)
+    if broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -212,6 +212,9 @@ class AutoencoderConfig(Settings):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest rate.")
     num_steps: int = Field(1000, ge=1, description="Optimizer steps.")
     batch_chunks: int = Field(256, ge=1, description="Chunks of one step.")
+    num_negatives: int = Field(
+        2048, ge=1, description="Tokens drawn to stand for those that a step has not; all if the vocabulary is smaller."
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, order, masks and noise.")
 
 
@@ -272,6 +275,9 @@ class WorkersConfig(Settings):
     num_workers: int = Field(1, ge=1, le=64, description="Workers when all nodes are there.")
     min_workers: int | None = Field(None, ge=1, description="Go on with as few as these; all or none when unset.")
     spread: bool = Field(False, description="Put every worker on a node of its own.")
+    resize_seconds: float = Field(
+        60.0, gt=0, description="With min_workers: how often nodes that came back are looked for."
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs of a worker.")
     max_failures: int = Field(8, ge=0, description="Restarts from the last checkpoint before the run gives up.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` takes GPUs where the cluster has.")

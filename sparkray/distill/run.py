@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from sparkray.config.distill import DistillConfig
-from sparkray.distill.alignment.fingerprint import load_tokenizer, require_same_tokenizer, tokenizer_sha256
+from sparkray.distill.alignment.fingerprint import (
+    load_tokenizer,
+    require_same_tokenizer,
+    tokenizer_folder,
+    tokenizer_sha256,
+)
 from sparkray.distill.alignment.pieces import vocabulary_pieces
 from sparkray.distill.alignment.teacher import AlignedTeacher
 from sparkray.distill.cache.file import ScoreCache
@@ -38,7 +43,6 @@ from sparkray.distill.training.on_policy import OnPolicyObjective, require_room
 from sparkray.distill.training.supervision import DataOnly, FromClient, FromStore, Supervision
 from sparkray.distill.training.trainer import StepReport, Trainer, Workers
 from sparkray.errors import InputError, UsageError
-from sparkray.models import prepare_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,7 +75,7 @@ def student_tokenizer(config: DistillConfig) -> Tokenizer:
     """The tokenizer of the pack: its own, or the teacher's."""
     if config.pack.tokenizer is None:
         return teacher_tokenizer(config.teacher)
-    return load_tokenizer(prepare_model(config.pack.tokenizer))
+    return load_tokenizer(tokenizer_folder(config.pack.tokenizer))
 
 
 def teacher_of_pack(pack: Pack, config: DistillConfig) -> Teacher:
@@ -379,7 +383,7 @@ def load_student(folder: Path) -> CausalStudent:
 
 def _copy_tokenizer(folder: Path, config: DistillConfig) -> None:
     name = config.pack.tokenizer or config.teacher.tokenizer or config.teacher.model
-    for path in sorted(prepare_model(name).glob("tokenizer*.json")):
+    for path in sorted(tokenizer_folder(name).glob("tokenizer*.json")):
         (folder / path.name).write_bytes(path.read_bytes())
 
 

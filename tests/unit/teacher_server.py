@@ -25,7 +25,7 @@ def distribution(token_id: int) -> np.ndarray:
 
 @dataclass
 class Fault:
-    """What one request gets instead of an answer."""
+    """What one request gets instead of an answer; status 0 closes the connection without one."""
 
     status: int = 200
     body: str = ""
@@ -91,8 +91,8 @@ class TeacherServer:
 
 
 @contextmanager
-def serve_teacher() -> Iterator[TeacherServer]:
-    """A running host on 127.0.0.1."""
+def serve_teacher(address: str = "127.0.0.1") -> Iterator[TeacherServer]:
+    """A running host."""
     state = TeacherServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -113,6 +113,8 @@ def serve_teacher() -> Iterator[TeacherServer]:
                 time.sleep(state.latency_seconds)
                 if fault is None:
                     self._send(200, json.dumps(state.answer(self.path, request)), {})
+                elif fault.status == 0:
+                    self.close_connection = True
                 else:
                     self._send(fault.status, fault.body, fault.headers)
             finally:
@@ -131,11 +133,11 @@ def serve_teacher() -> Iterator[TeacherServer]:
             self.end_headers()
             self.wfile.write(body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    state.url = f"http://{address}:{server.server_address[1]}/v1"
     try:
         yield state
     finally:

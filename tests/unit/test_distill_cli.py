@@ -133,6 +133,15 @@ def test_live_rows_give_the_stores_losses_and_the_cache_the_same_again(shell: Sh
     )
 
 
+def test_a_hit_rate_that_is_too_low_or_unknown_fails_the_run(shell: Shell) -> None:
+    cached = ("--set", f"cache.path={shell.folder}/gated.sqlite", *_reduced(), "--min-hit-rate", "0.99")
+    first = shell.run("train", "@pack", "@gated", "--live", *cached, fails_with=1)
+    assert first["broken_gates"] == ["hit_rate is 0.25, and at_least 0.99 is asked for"]
+    assert shell.run("train", "@pack", "@gated2", "--live", *cached)["broken_gates"] == []
+    unknown = shell.run("train", "@pack", "@stored", "--store", "@store", "--min-hit-rate", "0", fails_with=1)
+    assert unknown["broken_gates"] == ["hit_rate was not measured (None), and at_least 0 is asked for"]
+
+
 def _reduced() -> tuple[str, ...]:
     return ("--set", "client.reduced_top_logprobs=8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from sparkray.config.distill import ClientConfig, StoreConfig, TeacherConfig
-from sparkray.distill.alignment.fingerprint import tokenizer_sha256
+from sparkray.distill.alignment.fingerprint import load_tokenizer, tokenizer_sha256
 from sparkray.distill.teachers import forward
 from sparkray.distill.teachers.create import create_teacher
 from sparkray.distill.teachers.forward import ForwardTeacher, weights_sha256
@@ -73,6 +74,13 @@ def test_a_served_teacher_needs_its_tokenizer_and_gives_temperature_one() -> Non
         from sparkray.config.base import validate_settings
 
         validate_settings(TeacherConfig, {"kind": "api"})
+
+
+def test_a_folder_with_a_tokenizer_alone_serves_a_served_teacher(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    served = TeacherConfig(kind="api", model="m", base_url="http://127.0.0.1:9/v1", tokenizer=str(tmp_path))
+    with closing(create_teacher(served, StoreConfig(), ClientConfig())) as teacher:
+        assert teacher.identity.tokenizer_sha256 == tokenizer_sha256(load_tokenizer(folder))
 
 
 def test_a_temperature_that_a_host_cannot_give_is_refused(folder: Path) -> None:

@@ -78,6 +78,27 @@ def test_the_autoencoder_returns_chunks_that_it_never_saw(autoencoder: ChunkAuto
     assert untrained.exact_match(every) < 0.2
 
 
+def test_some_tokens_stand_for_a_large_vocabulary_without_bias() -> None:
+    """With one row, the exponential of the cross entropy is the normaliser over one number: linear in what is drawn."""
+    torch.manual_seed(0)
+    quiet = {"dropout": 0.0, "kl_weight": 0.0, "kl_floor": 100.0}
+    sampled, whole = (
+        ChunkAutoencoder(SMALL.model_copy(update={"chunk_tokens": 1, "num_negatives": number, **quiet}), 500)
+        for number in (50, 500)
+    )
+    whole.load_state_dict(sampled.state_dict())
+    chunk = torch.tensor([[7]])
+    # A posterior without spread, so that only the draws differ.
+    for model in (sampled, whole):
+        model.posterior.weight.data[model.config.latent_size :] = 0
+        model.posterior.bias.data[model.config.latent_size :] = -10
+    with torch.no_grad():
+        drawn = torch.stack([sampled.loss(chunk)[1] for _ in range(400)])
+        exact = whole.loss(chunk)[1].item()
+    assert drawn.std() > 0.005
+    assert drawn.exp().mean().log().item() == pytest.approx(exact, abs=0.02)
+
+
 def test_masking_and_the_free_part_act_in_training_alone() -> None:
     torch.manual_seed(0)
     model = ChunkAutoencoder(SMALL, VOCAB_SIZE)

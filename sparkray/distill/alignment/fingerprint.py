@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkray.errors import InputError, NotFoundError
+from sparkray.models import prepare_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # How a text is cut to length or filled up is a caller's setting and changes no id.
 _NOT_IDENTITY = ("truncation", "padding")
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Where the tokenizer of that name lies: a folder that may hold nothing else, or a model, made ready.
+
+    Raises:
+        NotFoundError, InputError: no such folder or model.
+    """
+    folder = Path(name)
+    return folder if (folder / "tokenizer.json").is_file() else prepare_model(name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

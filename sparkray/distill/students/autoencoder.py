@@ -9,6 +9,7 @@ Shapes: N chunks, K tokens, H hidden width, Z latent numbers, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,22 +86,41 @@ class ChunkAutoencoder(nn.Module):
 
     def decode(self, latents_NZ: Tensor) -> Tensor:
         """Logits of the chunk's tokens, (..., K, V)."""
-        chunk_NH = self.decode_chunk(self.open(latents_NZ))
-        tokens_NKH = self.expand(chunk_NH).unflatten(-1, (self.config.chunk_tokens, self.config.hidden_size))
-        return nn.functional.linear(self.decode_tokens(tokens_NKH), self.embedding.weight)
+        return nn.functional.linear(self._decoded(latents_NZ), self.embedding.weight)
 
     def loss(self, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimised, and the cross entropy of a token, both in nats.
 
-        The cross entropy counts for each token of the chunk; divergence below the free part has no gradient.
+        The cross entropy counts for each token of the chunk; divergence below the free part has no gradient. Where the
+        vocabulary is large, it is taken over the batch's own tokens and some drawn from the others, each of which
+        stands for as many as were not drawn: an estimate of the whole that costs a fraction.
         """
         posterior = self.encode(ids_NK)
         latents_NZ = nn.functional.dropout(posterior.sample(), self.config.dropout, self.training)
-        logits_NKV = self.decode(latents_NZ)
-        cross_entropy = nn.functional.cross_entropy(logits_NKV.flatten(0, 1), ids_NK.flatten())
+        cross_entropy = self._cross_entropy(self._decoded(latents_NZ).flatten(0, 1), ids_NK.flatten())
         divergence = posterior.kl().clamp_min(self.config.kl_floor).sum(-1).mean()
         total: Tensor = self.config.chunk_tokens * cross_entropy + self.config.kl_weight * divergence
         return total, cross_entropy.detach()
+
+    def _decoded(self, latents_NZ: Tensor) -> Tensor:
+        chunk_NH = self.decode_chunk(self.open(latents_NZ))
+        tokens_NKH = self.expand(chunk_NH).unflatten(-1, (self.config.chunk_tokens, self.config.hidden_size))
+        decoded: Tensor = self.decode_tokens(tokens_NKH)
+        return decoded
+
+    def _cross_entropy(self, decoded_NH: Tensor, ids_N: Tensor) -> Tensor:
+        vocab_size = self.embedding.num_embeddings
+        is_own_V = torch.bincount(ids_N, minlength=vocab_size) > 0
+        own_C = is_own_V.nonzero()[:, 0]
+        num_others = vocab_size - len(own_C)
+        if num_others <= self.config.num_negatives:
+            return nn.functional.cross_entropy(nn.functional.linear(decoded_NH, self.embedding.weight), ids_N)
+        drawn = torch.randint(vocab_size, (self.config.num_negatives,), device=ids_N.device)
+        drawn = drawn[~is_own_V[drawn]]
+        logits = nn.functional.linear(decoded_NH, self.embedding(torch.cat([own_C, drawn])))
+        stands_for = torch.zeros(logits.shape[-1], device=logits.device)
+        stands_for[len(own_C) :] = math.log(num_others / max(1, len(drawn)))
+        return nn.functional.cross_entropy(logits + stands_for, torch.searchsorted(own_C, ids_N))
 
     @torch.no_grad()
     def exact_match(self, ids_NK: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparkray.config.distill import ClientConfig, StoreConfig, TeacherConfig
-from sparkray.distill.alignment.fingerprint import load_tokenizer, tokenizer_sha256
+from sparkray.distill.alignment.fingerprint import load_tokenizer, tokenizer_folder, tokenizer_sha256
 from sparkray.distill.alignment.pieces import vocabulary_pieces
 from sparkray.distill.teachers.base import Teacher
 from sparkray.errors import UsageError
@@ -69,4 +69,4 @@ def teacher_tokenizer(config: TeacherConfig) -> Tokenizer:
             hint="Give a folder with the tokenizer.json of the model that is served, or `embedded`.",
             param="teacher.tokenizer",
         )
-    return load_tokenizer(prepare_model(config.tokenizer or config.model))
+    return load_tokenizer(tokenizer_folder(config.tokenizer or config.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,10 @@ class VllmTeacher:
     """
 
     def __init__(self, folder: Path, config: TeacherConfig, max_top_logprobs: int, tokenizer_sha256: str) -> None:
+        # Set before the import reads it: a command's standard output is its result.
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         import vllm
+        from vllm.platforms import current_platform
 
         self._config = config
         self._lock = threading.Lock()
@@ -40,6 +44,8 @@ class VllmTeacher:
             max_logprobs=max_top_logprobs,
             # A cached prefix has no log-probabilities of its own, so scoring must not read from one.
             enable_prefix_caching=False,
+            # On CPUs compiling takes longer than scoring a small corpus.
+            enforce_eager=current_platform.is_cpu(),
             **options,
         )
         self._sampling = vllm.SamplingParams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,18 @@ def train_on_cluster(job: TrainJobConfig) -> dict[str, Any]:
         workers.accelerator == "auto" and ray.cluster_resources().get("GPU", 0.0) >= workers.num_workers
     )
     fewest = workers.min_workers or workers.num_workers
+    resources = {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
+    if workers.spread and fewest < workers.num_workers:
+        _require_one_worker_a_node(resources)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job.model_dump(mode="json")},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers if fewest == workers.num_workers else (fewest, workers.num_workers),
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {}),
+            resources_per_worker=resources,
             placement_strategy="STRICT_SPREAD" if workers.spread else "PACK",
+            elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(
@@ -71,6 +76,19 @@ def train_on_cluster(job: TrainJobConfig) -> dict[str, Any]:
             hint="Start it again with the same settings to go on from the last checkpoint.",
         ) from failure
     return _summary(out)
+
+
+def _require_one_worker_a_node(resources: Mapping[str, float]) -> None:
+    # Ray counts the workers that fit into what is left of the nodes, and would wait for ever for a node of their own.
+    for node in ray.nodes():
+        room = min(node["Resources"].get(name, 0.0) // amount for name, amount in resources.items())
+        if node["Alive"] and room > 1:
+            raise UsageError(
+                f"workers.spread and workers.min_workers were set, and the node {node['NodeManagerAddress']} has room"
+                f" for {room:.0f} workers of {resources}: two would be put there when another node leaves.",
+                hint=f"Raise workers.cpus_per_worker above {node['Resources']['CPU'] / 2:g}.",
+                param="workers.cpus_per_worker",
+            )
 
 
 def _claim(job: TrainJobConfig, out: Path) -> None:

@@ -119,11 +119,13 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         everyone = batch_of_step(self.step, len(self._pack.train), self._train)
         num_rows = sum(self._objective.num_rows(self._pack.train, number) for number in everyone)
+        # After the last step nobody needs rows, and a host may charge for them.
+        following = self._numbers(self.step + 1) if self.step + 1 < self._train.num_steps else []
         size = self._train.micro_batch_sequences
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
             asked = time.monotonic()
-            scores = self._supervision.rows(part, [*numbers[start + size :], *self._numbers(self.step + 1)])
+            scores = self._supervision.rows(part, [*numbers[start + size :], *following])
             waited += time.monotonic() - asked
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._train.precision == "bfloat16"):
                 losses = self._objective.losses(self.student, self._pack.train, part, scores, self._device)
