@@ -6,11 +6,16 @@ The wire is the real one: sender, frames, checksums, credits and assembly, betwe
 prefill side is a clock: a slice of one layer becomes ready when an engine of the given rate would have computed it, so
 that link and overlap are measured and not this machine's matrix products. For each link:
 
-- `goodput_share`: plain bytes a second over the line rate, with all rows ready at once;
+- `goodput_share`: plain bytes a second over the line rate, with all rows ready at once; beside it `socket_share`, what
+  a bare socket between the same two processes carries, in turns with it: no protocol can do more on this machine;
 - `hidden_share`: share of the wire time that ran before the last row was computed, with rows appearing at 70 % of the
   link; beside it what the cost model says;
 - `exposed_seconds`: from the last row computed to all rows assembled, beside the model's;
 - `blob_exposed_seconds`: the same rows sent after prefill has ended, in turns with the other.
+
+Then stock vLLM reads prompts in one namespace and llama.cpp writes in the other, over the same links (`--no-engines`
+leaves this out): `first_token_after_prefill_seconds` is measured, and predicted from the link's goodput above, the
+prefill rate of the same requests, and what the last import and a step of decode take on an unshaped cable.
 """
 
 from __future__ import annotations
@@ -20,18 +25,23 @@ import json
 import os
 import secrets
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparkray.config.handoff import LinkConfig, LinkRates, MachineRates, ModelShape, WireLimits
+from sparkray.config.handoff import DecodeConfig, LinkConfig, LinkRates, MachineRates, ModelShape, WireLimits
 from sparkray.handoff.assembly import RowAssembly
 from sparkray.handoff.errors import PeerRefusedError
+from sparkray.handoff.local_peers import LocalPeer
 from sparkray.handoff.messages import Accept, Ack, Commit, Done, Hello, decode_message, expect
 from sparkray.handoff.netns import DECODE_ADDRESS, Cable
 from sparkray.handoff.plan import ETHERNET_SHARE, GIGABIT, Work, handoff_times
@@ -90,22 +100,51 @@ class ClockFeed:
 def receive_forever() -> None:
     """The decode side's process: assembles what comes and drops it, until it is ended."""
     listener = listen(DECODE_ADDRESS, PORT, LINK)
+    threading.Thread(target=receive_plainly, daemon=True).start()
     print("ready", flush=True)
     while True:
         sock, _ = listener.accept()
         with Connection(sock, LIMITS, LINK) as connection:
             hello = expect(connection.receive(), Hello)
-            assembly, taken = RowAssembly(hello, LIMITS), 0
+            assembly, taken, told = RowAssembly(hello, LIMITS), 0, 0
             connection.send(Accept(hello.codecs[0], LINK.credit_bytes))
             while (frame := connection.receive()).kind is FrameKind.KV:
                 assembly.add(frame)
                 assembly.take()
                 taken += len(frame.payload)
-                connection.send(Ack(taken))
+                # As the decode agent does.
+                if taken - told >= LINK.credit_bytes // 16 or not connection.is_readable(0):
+                    connection.send(Ack(taken))
+                    told = taken
             message = decode_message(frame)
             assert isinstance(message, Commit)
             assembly.commit(message)
             connection.send(Done(kv_bytes=assembly.received_bytes))
+
+
+def receive_plainly() -> None:
+    """What a bare socket carries: reads to the end of a connection and says so, until the process is ended."""
+    listener = listen(DECODE_ADDRESS, PORT + 1, LINK)
+    scratch = bytearray(1 << 20)
+    while True:
+        sock, _ = listener.accept()
+        with sock:
+            while sock.recv_into(scratch):
+                continue
+            sock.sendall(b"!")
+
+
+def send_plainly(num_bytes: int) -> float:
+    """Seconds that a bare socket takes."""
+    data = memoryview(secrets.token_bytes(1 << 20))
+    with socket.create_connection((DECODE_ADDRESS, PORT + 1), timeout=60) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK.socket_buffer_bytes)
+        began = time.monotonic()
+        for first in range(0, num_bytes, len(data)):
+            sock.sendall(data[: num_bytes - first])
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(1)
+        return time.monotonic() - began
 
 
 def send_once(num_rows: int, tokens_per_second: float | None, *, blob: bool) -> dict[str, float]:
@@ -131,8 +170,10 @@ def send_all(gigabits: float, rounds: int) -> dict[str, Any]:
     num_rows = max(CHUNK_TOKENS, int(line * WIRE_SECONDS / GEOMETRY.row_bytes))
     rate = FILL * line * ETHERNET_SHARE / GEOMETRY.row_bytes
     send_once(CHUNK_TOKENS, None, blob=False)
-    goodputs, streamed, blobs = [], [], []
+    plain_bytes = num_rows * GEOMETRY.row_bytes
+    sockets, goodputs, streamed, blobs = [], [], [], []
     for _ in range(rounds):
+        sockets.append(plain_bytes / send_plainly(plain_bytes))
         free = send_once(num_rows, None, blob=False)
         goodputs.append(free["bytes"] / free["seconds"])
         streamed.append(send_once(num_rows, rate, blob=False))
@@ -153,6 +194,7 @@ def send_all(gigabits: float, rounds: int) -> dict[str, Any]:
         "megabytes": num_rows * GEOMETRY.row_bytes / 1e6,
         "goodput_gbit": goodput / GIGABIT,
         "goodput_share": goodput / line,
+        "socket_share": statistics.median(sockets) / line,
         "hidden_share": max(0.0, 1 - exposed / wire),
         "predicted_hidden_share": predicted.hidden_share,
         "exposed_seconds": exposed,
@@ -162,12 +204,69 @@ def send_all(gigabits: float, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_link(gigabits: float, rounds: int) -> dict[str, Any]:
+    """One link: a cable of its own, a receiver in one namespace and the sender in the other."""
+    me = [sys.executable, __file__]
+    with Cable(gigabits) as cable:
+        receiver = subprocess.Popen(
+            cable.inside(cable.decode, [*me, "--role", "receive"]), stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert receiver.stdout is not None
+            receiver.stdout.readline()
+            words = [*me, "--role", "send", "--gbit", str(gigabits), "--rounds", str(rounds)]
+            done = subprocess.run(
+                cable.inside(cable.prefill, words), stdout=subprocess.PIPE, text=True, timeout=600, check=True
+            )
+        finally:
+            receiver.kill()
+            receiver.wait(10)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure_engines(links: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """vLLM to llama.cpp over one cable, unshaped and then as each of the links."""
+    with tempfile.TemporaryDirectory(prefix="handoff-overlap-") as folder, Cable() as cable:
+        secret = Path(folder) / "secret"
+        secret.write_text(secrets.token_hex(16))
+        config = DecodeConfig(
+            engine="llamacpp", host=DECODE_ADDRESS, insecure=True, secret_file=str(secret), context_tokens=1200,
+            max_sequences=2,
+        )  # fmt: skip
+        with LocalPeer(config, Path(folder) / "peer.log", cable.inside(cable.decode, [])) as peer:
+            script = Path(__file__).with_name("handoff_overlap_engines.py")
+            words = [
+                sys.executable, str(script), "--peer", peer.wait_ready(), "--secret-file", str(secret), "--rounds",
+                str(rounds),
+            ]  # fmt: skip
+            prefill = subprocess.Popen(
+                cable.inside(cable.prefill, words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            assert prefill.stdin is not None and prefill.stdout is not None
+            try:
+                prefill.stdout.readline()
+                found = []
+                for link in [None, *links]:
+                    if link is not None:
+                        cable.shape(link["gbit"])
+                    prefill.stdin.write(f"goodput {link['goodput_gbit'] * GIGABIT if link else 0}\n")
+                    prefill.stdin.flush()
+                    row = json.loads(prefill.stdout.readline())
+                    found.append({"gbit": link["gbit"] if link else None, **row})
+            finally:
+                prefill.stdin.close()
+                prefill.wait(60)
+    return {"engines": found}
+
+
 def main() -> None:
     """Measure every link that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gbit", type=float, nargs="+", default=[10.0, 1.0, 0.05])
+    parser.add_argument("--engines", action=argparse.BooleanOptionalAction, default=True, help="vLLM and llama.cpp too")
     parser.add_argument("--role", choices=["all", "send", "receive"], default="all", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role == "receive":
@@ -177,30 +276,17 @@ def main() -> None:
         return
     links = []
     for gigabits in arguments.gbit:
-        with Cable(gigabits) as cable:
-            me = [sys.executable, __file__]
-            receiver = subprocess.Popen(
-                cable.inside(cable.decode, [*me, "--role", "receive"]), stdout=subprocess.PIPE, text=True
-            )
-            try:
-                assert receiver.stdout is not None
-                receiver.stdout.readline()
-                words = [*me, "--role", "send", "--gbit", str(gigabits), "--rounds", str(arguments.rounds)]
-                done = subprocess.run(
-                    cable.inside(cable.prefill, words), stdout=subprocess.PIPE, text=True, timeout=600, check=True
-                )
-            finally:
-                receiver.kill()
-                receiver.wait(10)
-        links.append(json.loads(done.stdout.splitlines()[-1]))
+        links.append(measure_link(gigabits, arguments.rounds))
         if not arguments.json:
             print(links[-1])
+    engines = measure_engines(links, arguments.rounds) if arguments.engines else {}
     result = {
         "benchmark": "handoff_overlap",
         "goodput_share": min(each["goodput_share"] for each in links),
         "hidden_share": min(each["hidden_share"] for each in links),
         "load_average": os.getloadavg()[0],
         "links": links,
+        **engines,
     }
     print(json.dumps(result))
 

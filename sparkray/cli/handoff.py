@@ -189,7 +189,11 @@ def verify(
     wanted = tuple(_integers(lengths)) if lengths else DEFAULT_LENGTHS
     longest = max(wanted) + max_tokens
     settings = _prefill_settings(config, overrides, model=model, dtype=dtype, codec=codec or "raw")
-    settings = settings.model_copy(update={"max_model_len": max(settings.max_model_len, longest)})
+    changes: dict[str, Any] = {"max_model_len": max(settings.max_model_len, longest)}
+    if "prefix_caching" not in settings.model_fields_set:
+        # Rows that an earlier run left in the cache would leave at once, and streaming them would not be tried.
+        changes["prefix_caching"] = False
+    settings = settings.model_copy(update=changes)
     exact = settings.dtype == "float32" and settings.codec in ("raw", "lossless") and decode_model is None
     secret = secret_file or _own_secret()
     with ExitStack() as stack:
@@ -208,12 +212,14 @@ def verify(
                 })
                 for name in engine or ("mlx", "llamacpp")
             ]  # fmt: skip
-            prefix, addresses = _start_peers(stack, decodes, network)
+            folder = _temporary_folder(stack)
+            prefix, addresses = _start_peers(stack, decodes, network, folder)
             if prefix:
                 # From here on this process is only a frame: the prefill side runs inside its own namespace.
+                prefill = folder / "prefill.json"
+                prefill.write_text(settings.model_dump_json(), encoding="utf-8")
                 inner = ["handoff", "verify", "--secret-file", str(secret), "--max-tokens", str(max_tokens),
-                         "--lengths", ",".join(map(str, wanted)), "--set", f"max_model_len={settings.max_model_len}",
-                         "--dtype", settings.dtype, "--codec", settings.codec, "--model", settings.model,
+                         "--lengths", ",".join(map(str, wanted)), "--config", str(prefill), "--codec", settings.codec,
                          *(["--decode-model", decode_model] if decode_model else []),
                          *(word for name, address in addresses.items() for word in ("--peer", f"{name}={address}")),
                          *(["--json"] if json_output else [])]  # fmt: skip
@@ -299,16 +305,21 @@ async def _ask_plainly(url: str, prompt: str, model: str, max_tokens: int) -> di
     return {"text": text, "handoff": "local", "reason": REASON}
 
 
-def _start_peers(stack: ExitStack, decodes: list[DecodeConfig], network: str) -> tuple[list[str], dict[str, str]]:
-    """Decode peers of this machine: words that enter the prefill side's namespace, and addresses by engine."""
+def _temporary_folder(stack: ExitStack) -> Path:
     import tempfile
 
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparkray-handoff-")))
+
+
+def _start_peers(
+    stack: ExitStack, decodes: list[DecodeConfig], network: str, folder: Path
+) -> tuple[list[str], dict[str, str]]:
+    """Decode peers of this machine: words that enter the prefill side's namespace, and addresses by engine."""
     from sparkray.handoff.local_peers import LocalPeer
     from sparkray.handoff.netns import DECODE_ADDRESS, Cable
 
     if network not in ("namespaces", "loopback"):
         raise UsageError(f"network {network!r} was given, and namespaces or loopback is expected.", param="network")
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparkray-handoff-")))
     enter_decode: list[str] = []
     enter_prefill: list[str] = []
     if network == "namespaces":

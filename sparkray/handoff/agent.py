@@ -50,6 +50,8 @@ from sparkray.handoff.wire import FrameKind
 _logger = logging.getLogger(__name__)
 # An engine call that takes longer is not coming back.
 _ENGINE_TIMEOUT_SECONDS = 600.0
+# An acknowledgement for each such share of the credit: one for every frame costs both sides more than the frame.
+_ACKS_OF_CREDIT = 16
 # Pairings that are remembered.
 _MAX_PAIRS = 64
 
@@ -225,7 +227,7 @@ class DecodeAgent:
     def _receive(self, connection: Connection, transfer: Transfer) -> None:
         assembly = transfer.assembly
         assert assembly is not None
-        taken = 0
+        taken = told = 0
         while True:
             frame = connection.receive()
             if frame.kind is FrameKind.KV:
@@ -235,7 +237,10 @@ class DecodeAgent:
                     self._on_engine(self._import, transfer, rows)
                 transfer.note_progress()
                 taken += len(frame.payload)
-                connection.send(Ack(taken))
+                # Told in steps while rows keep coming, at once where the sender may be waiting for it.
+                if taken - told >= self._config.link.credit_bytes // _ACKS_OF_CREDIT or not connection.is_readable(0):
+                    connection.send(Ack(taken))
+                    told = taken
                 continue
             message = decode_message(frame)
             if isinstance(message, Abort):
