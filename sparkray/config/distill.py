@@ -203,7 +203,7 @@ class AutoencoderConfig(Settings):
     """The variational autoencoder over chunks of tokens, after CALM (Shao et al. 2025)."""
 
     chunk_tokens: int = Field(4, ge=1, le=64, description="Tokens of one latent vector.")
-    latent_size: int = Field(128, ge=1, description="Numbers of one latent vector.")
+    latent_size: int = Field(256, ge=1, description="Numbers of one latent vector.")
     hidden_size: int = Field(256, ge=8, description="Width.")
     num_layers: int = Field(1, ge=1, description="Blocks on each side of both the squeeze and the expansion.")
     dropout: float = Field(0.15, ge=0, lt=1, description="Share of masked tokens, and of dropped latent numbers.")

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from sparkray.config.distill import AutoencoderConfig
 
+# A fifth of the spread of the means: noise that a fresh code bears.
+_FIRST_LOG_VARIANCE = -3.0
+
 
 @dataclass(frozen=True, slots=True)
 class Posterior:
@@ -73,6 +76,27 @@ class ChunkAutoencoder(nn.Module):
         self.decode_chunk = nn.Sequential(*(Block(width) for _ in range(config.num_layers)))
         self.expand = nn.Linear(width, chunk * width)
         self.decode_tokens = nn.Sequential(*(Block(width) for _ in range(config.num_layers)), nn.RMSNorm(width))
+        self._begin_as_a_linear_code()
+
+    @torch.no_grad()
+    def _begin_as_a_linear_code(self) -> None:
+        """Blocks that add nothing yet, a random projection as encoder and its transpose as decoder.
+
+        So most chunks of random embeddings come back before the first step, where latent numbers are many enough, and
+        training need not find that out from the cross entropy.
+        """
+        for block in self.modules():
+            if isinstance(block, Block):
+                nn.init.zeros_(block.down.weight)
+        latent = self.config.latent_size
+        nn.init.orthogonal_(self.squeeze.weight)
+        nn.init.orthogonal_(self.posterior.weight[:latent])
+        nn.init.zeros_(self.posterior.weight[latent:])
+        for layer in (self.squeeze, self.posterior, self.open, self.expand):
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.posterior.bias[latent:], _FIRST_LOG_VARIANCE)
+        self.open.weight.copy_(self.posterior.weight[:latent].T)
+        self.expand.weight.copy_(self.squeeze.weight.T)
 
     def encode(self, ids_NK: Tensor) -> Posterior:
         """Posteriors of chunks; in training some tokens are masked."""

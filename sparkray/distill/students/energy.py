@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Below this distance the slope of a power below 1 is cut off.
+_NEAR = 1e-6
+
 
 def energy_loss(samples_SNZ: Tensor, targets_MNZ: Tensor, exponent: float = 1.0) -> Tensor:
     """Energy score of each position, (N,); unbiased in both kinds of samples.
@@ -21,11 +24,12 @@ def energy_loss(samples_SNZ: Tensor, targets_MNZ: Tensor, exponent: float = 1.0)
         exponent: of the Euclidean distance, in (0, 2).
     """
     num_samples = samples_SNZ.shape[0]
-    to_target_SMN = _distance(samples_SNZ[:, None], targets_MNZ[None], exponent)
+    # By products of matrices: S x M differences of Z numbers each would be most of a step's memory and time.
+    to_target_NSM = torch.cdist(samples_SNZ.transpose(0, 1), targets_MNZ.transpose(0, 1)).clamp_min(_NEAR).pow(exponent)
     between_SSN = _distance(samples_SNZ[:, None], samples_SNZ[None], exponent)
     # The diagonal is zero, so the sum over all pairs is the sum over the pairs of different samples.
     spread_N = between_SSN.sum((0, 1)) / (num_samples * (num_samples - 1))
-    return 2 * to_target_SMN.mean((0, 1)) - spread_N
+    return 2 * to_target_NSM.mean((1, 2)) - spread_N
 
 
 def _distance(left: Tensor, right: Tensor, exponent: float) -> Tensor:

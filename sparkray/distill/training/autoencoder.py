@@ -40,7 +40,7 @@ def train_autoencoder(
     """
     torch.manual_seed(config.seed)
     model = ChunkAutoencoder(config, pack.header.vocab_size).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True)
     tokens = _tokens(pack.train)
     if len(tokens) < config.chunk_tokens:
         raise InputError(f"the pack has {len(tokens)} tokens, and a chunk {config.chunk_tokens}.", param="pack")

@@ -103,7 +103,7 @@ class Trainer:
         self._run = run
         self._device = next(student.parameters()).device
         self._optimizer = torch.optim.AdamW(
-            _parameter_sets(student, train.weight_decay), lr=train.learning_rate, betas=(0.9, 0.95)
+            _parameter_sets(student, train.weight_decay), lr=train.learning_rate, betas=(0.9, 0.95), fused=True
         )
         student.train()
 
