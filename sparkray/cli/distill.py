@@ -288,8 +288,15 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("loss_first", "loss_last", "second_hit_rate", "latency_p95_seconds", "bytes_per_token", "seconds")
-    table = Table("scenario", "", *columns)
+    columns = {
+        "loss_first": "loss",
+        "loss_last": "at end",
+        "second_hit_rate": "hits*",
+        "latency_p95_seconds": "p95 s",
+        "bytes_per_token": "B/token",
+        "seconds": "took s",
+    }
+    table = Table("scenario", "", *columns.values(), caption="* share of the second run that the cache answered")
     for row in rows:
         numbers = [f"{row[column]:.3f}" if row.get(column) is not None else "" for column in columns]
         table.add_row(row["scenario"], "ok" if row["ok"] else "BROKEN", *numbers)

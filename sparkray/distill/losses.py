@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from sparkray.config.distill import Divergence, LossConfig
 from sparkray.distill.targets import LOG_ZERO, TargetRows, bucket_logprobs, require_kind
 
+# A head of more than this leaves less than a tenth, and float32 knows that to 1e-6 of itself.
+_NEARLY_ALL = 0.9
+
 
 def distillation_loss(logits_NV: Tensor, rows: TargetRows, config: LossConfig) -> Tensor:
     """The distillation term of each row, in nats times T^2.
@@ -31,7 +34,7 @@ def distillation_loss(logits_NV: Tensor, rows: TargetRows, config: LossConfig) -
         UsageError: the rows cannot give the target that the settings name.
     """
     require_kind(rows, config.target, config.temperature)
-    scaled_NV = logits_NV.float() / config.temperature
+    scaled_NV = logits_NV.float() if config.temperature == 1 else logits_NV.float() / config.temperature
     if config.target == "sampled_tail":
         losses_N = _sampled_forward_kl(scaled_NV, rows)
     else:
@@ -73,15 +76,21 @@ def divergence(
 def student_bucket_logprobs(logits_NV: Tensor, head_ids_NK: Tensor) -> Tensor:
     """The student over the head's tokens and one outcome for all others, (N, K + 1).
 
-    The tail is summed over its own logits: one minus the head would lose it to rounding where the head is nearly all.
+    The tail is one minus the head, save in rows where the head is nearly all and rounding would take the tail: there it
+    is summed over its own logits, which costs a second pass over the vocabulary.
     """
     exists_NK = head_ids_NK >= 0
     log_total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    head_NK = logits_NV.gather(-1, head_ids_NK.clamp_min(0)) - log_total_N1
-    rows, columns = exists_NK.nonzero(as_tuple=True)
-    outside_NV = logits_NV.index_put((rows, head_ids_NK[rows, columns]), logits_NV.new_tensor(LOG_ZERO))
-    tail_N1 = outside_NV.logsumexp(-1, keepdim=True) - log_total_N1
-    return torch.cat([head_NK.masked_fill(~exists_NK, LOG_ZERO), tail_N1], -1)
+    head_NK = (logits_NV.gather(-1, head_ids_NK.clamp_min(0)) - log_total_N1).masked_fill(~exists_NK, LOG_ZERO)
+    head_mass_N = head_NK.exp().sum(-1)
+    tail_N = torch.log1p(-head_mass_N.clamp_max(_NEARLY_ALL))
+    (narrow_R,) = (head_mass_N > _NEARLY_ALL).nonzero(as_tuple=True)
+    if len(narrow_R):
+        rows, columns = exists_NK[narrow_R].nonzero(as_tuple=True)
+        ids = head_ids_NK[narrow_R[rows], columns]
+        outside_RV = logits_NV[narrow_R].index_put((rows, ids), logits_NV.new_tensor(LOG_ZERO))
+        tail_N = tail_N.index_put((narrow_R,), outside_RV.logsumexp(-1) - log_total_N1[narrow_R, 0])
+    return torch.cat([head_NK, tail_N[:, None]], -1)
 
 
 def sampled_reverse_kl(student_logprobs_N: Tensor, teacher_logprobs_N: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def chunked_rows(
         hidden_NH: the student's last hidden states.
         head_VH: its output matrix.
         compute: gives a tensor whose first dimension is the slice's rows.
-        chunk_rows: rows at a time; logits are computed again in the backward pass.
+        chunk_rows: rows at a time; all logits but the last part's are computed again in the backward pass.
     """
     parts = []
     for start in range(0, hidden_NH.shape[0], chunk_rows):
@@ -129,7 +138,10 @@ def chunked_rows(
         def part(hidden: Tensor, head: Tensor, rows: slice = rows) -> Tensor:
             return compute(linear(hidden, head), rows)
 
-        parts.append(checkpoint(part, hidden_NH[rows], head_VH, use_reentrant=False))
+        # The backward pass of one part has its logits in memory anyway, so of the last part they may stay.
+        kept = rows.stop == hidden_NH.shape[0]
+        arguments = hidden_NH[rows], head_VH
+        parts.append(part(*arguments) if kept else checkpoint(part, *arguments, use_reentrant=False))
     return torch.cat(parts)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sparkray.cluster.processes import free_port, spawn
+from sparkray.cluster.processes import free_port, marked, spawn
 from sparkray.cluster.session import Session, end_session, leftovers, start_session
 from sparkray.config.cluster import ClusterConfig
 from tests.ray.second_network import SecondNetwork, second_network
@@ -59,6 +59,20 @@ class RayCluster:
     def stop_job(self, job: str) -> None:
         """What `ray job stop` asks for, at once; returns before the job has ended."""
         self._jobs("POST", f"{job}/stop")
+
+    def kill_second_node(self) -> None:
+        """End every process of the second node at once, as a machine that loses power; `start_second_node` after it."""
+        (starter,) = [
+            process
+            for process in marked(self.session.mark)
+            if {"start", f"--node-ip-address={self.network.node_ip}"} <= set(process.cmdline())
+        ]
+        for process in [starter, *starter.children(recursive=True)]:
+            process.kill()
+
+    def start_second_node(self) -> None:
+        """Join the second node again."""
+        _start_second_node(self.session, self.network)
 
     def _jobs(self, method: str, path: str) -> dict[str, Any]:
         token = Path(self.session.token_path).read_text().strip()
@@ -111,7 +125,7 @@ def ray_connection(cluster: RayCluster) -> Iterator[None]:
 
 def _start_second_node(session: Session, network: SecondNetwork) -> None:
     """Join a node to the session and wait until the head counts it."""
-    log_path = Path(session.temp_dir) / "node-2.log"
+    log_path = Path(session.temp_dir) / f"node-2-{free_port()}.log"
     command = [
         *network.prefix,
         str(Path(sys.executable).with_name("ray")),

@@ -162,6 +162,22 @@ def test_missing_entries_of_a_head_change_nothing(name: str) -> None:
     np.testing.assert_allclose(student.grad.numpy(), other.grad.numpy(), atol=1e-7)
 
 
+def test_tails_of_both_kinds_are_one_minus_the_head_with_its_gradient() -> None:
+    """Rows on both sides of where the tail is taken another way, against double precision over all tokens."""
+    scale = torch.tensor([[0.1], [1.0], [4.0], [9.0], [30.0]])
+    logits_NV = (torch.randn((5, 40), generator=torch.Generator().manual_seed(0)) * scale).requires_grad_()
+    ids_NK = torch.cat([logits_NV.detach().topk(3, -1).indices, torch.full((5, 1), -1)], -1)
+    found = student_bucket_logprobs(logits_NV, ids_NK)
+    (gradient,) = torch.autograd.grad(found[:, -1].sum(), logits_NV)
+    exact = logits_NV.detach().double().requires_grad_()
+    outside = torch.ones(5, 40, dtype=torch.bool).scatter(-1, ids_NK[:, :3], False)
+    tail = exact.masked_fill(~outside, -torch.inf).logsumexp(-1) - exact.logsumexp(-1)
+    assert (tail.exp() > 0.1).sum() >= 2
+    assert (tail.exp() < 0.1).sum() >= 2
+    torch.testing.assert_close(found[:, -1].double(), tail, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(tail.sum(), exact)[0], rtol=1e-4, atol=1e-6)
+
+
 def test_a_tail_far_below_rounding_keeps_its_logarithm_and_gradient() -> None:
     student = torch.tensor([[60.0, 0.0, 0.0, 0.0]], requires_grad=True)
     tail = student_bucket_logprobs(student, torch.tensor([[0]]))[0, 1]

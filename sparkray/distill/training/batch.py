@@ -72,7 +72,8 @@ def loss_sums(student: CausalStudent, batch: MicroBatch, config: LossConfig) -> 
     rows = batch.rows if config.kd_weight else None
 
     def compute(logits_NV: Tensor, part: slice) -> Tensor:
-        on_data_N = data_loss(logits_NV, following_N[part])
+        # A weight of zero reports the value and spends nothing on its gradient.
+        on_data_N = data_loss(logits_NV if config.ce_weight else logits_NV.detach(), following_N[part])
         taught_N = (
             torch.zeros_like(on_data_N) if rows is None else distillation_loss(logits_NV, rows.select(part), config)
         )
