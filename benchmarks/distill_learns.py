@@ -52,9 +52,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Print one line a run and the summary; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-sequences", type=int, default=8)
-    parser.add_argument("--sequence-tokens", type=int, default=128)
+    parser.add_argument("--sequence-tokens", type=int, default=64)
     parser.add_argument("--max-sequences", type=int, default=320)
     parser.add_argument("--validation-sequences", type=int, default=16)
     parser.add_argument("--hidden-size", type=int, default=128)

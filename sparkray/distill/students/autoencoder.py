@@ -9,7 +9,6 @@ Shapes: N chunks, K tokens, H hidden width, Z latent numbers, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -116,8 +115,9 @@ class ChunkAutoencoder(nn.Module):
         """What is minimised, and the cross entropy of a token, both in nats.
 
         The cross entropy counts for each token of the chunk; divergence below the free part has no gradient. Where the
-        vocabulary is large, it is taken over the batch's own tokens and some drawn from the others, each of which
-        stands for as many as were not drawn: an estimate of the whole that costs a fraction.
+        vocabulary is large, it is taken over the batch's own tokens and some drawn from the others. These count once
+        and not for all that were not drawn: a code shall say which token it is of, however rare, and not which tokens
+        are frequent.
         """
         posterior = self.encode(ids_NK)
         latents_NZ = nn.functional.dropout(posterior.sample(), self.config.dropout, self.training)
@@ -136,15 +136,12 @@ class ChunkAutoencoder(nn.Module):
         vocab_size = self.embedding.num_embeddings
         is_own_V = torch.bincount(ids_N, minlength=vocab_size) > 0
         own_C = is_own_V.nonzero()[:, 0]
-        num_others = vocab_size - len(own_C)
-        if num_others <= self.config.num_negatives:
+        if vocab_size - len(own_C) <= self.config.num_negatives:
             return nn.functional.cross_entropy(nn.functional.linear(decoded_NH, self.embedding.weight), ids_N)
         drawn = torch.randint(vocab_size, (self.config.num_negatives,), device=ids_N.device)
         drawn = drawn[~is_own_V[drawn]]
         logits = nn.functional.linear(decoded_NH, self.embedding(torch.cat([own_C, drawn])))
-        stands_for = torch.zeros(logits.shape[-1], device=logits.device)
-        stands_for[len(own_C) :] = math.log(num_others / max(1, len(drawn)))
-        return nn.functional.cross_entropy(logits + stands_for, torch.searchsorted(own_C, ids_N))
+        return nn.functional.cross_entropy(logits, torch.searchsorted(own_C, ids_N))
 
     @torch.no_grad()
     def exact_match(self, ids_NK: Tensor) -> float:
