@@ -19,15 +19,11 @@ import numpy as np
 from sparkray.errors import InputError
 from sparkray.search.bounds import Losses, learn_then_test
 from sparkray.search.logistic import Features, Logistic, fit_logistic
-from sparkray.search.paths import Lane
-from sparkray.search.policies.base import PolicyRun
-from sparkray.search.policies.certified import Certified, CertifiedRun
-from sparkray.search.policies.full import Full
+from sparkray.search.policies.certified import Certified
 from sparkray.search.profile import SearchProfile
 from sparkray.search.recording import RecordedQuestion, RecordingInfo
-from sparkray.search.replay import replay, shuffled_orders
 from sparkray.search.scorer import Example, PathScorer, fit_scorer
-from sparkray.search.stopping import vote_state
+from sparkray.search.trajectories import JudgedQuestion, Trajectory, judge, trajectories
 
 ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2)
 RISKS = (0.02, 0.03, 0.05, 0.1)
@@ -35,9 +31,11 @@ RISKS = (0.02, 0.03, 0.05, 0.1)
 _PRUNE_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _STOP_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _NUM_FOLDS = 4
-# Of the risk that is allowed, so much is used on the certifying questions, on average: the rest is kept for new ones.
-_USED_PART = 0.3
+# Of the risk that is allowed, so much is used on all questions, on average: the rest is kept for new ones.
+_USED_PART = 0.2
 _MIN_QUESTIONS = 20
+# The moments of a question are much alike: there are fewer examples than it seems, and the features overlap.
+_REGRET_RIDGE = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -55,36 +53,12 @@ class CalibrationOptions:
         seed: of the division and of the orders.
     """
 
-    fit_share: float = 0.4
+    fit_share: float = 0.5
     checkpoints: tuple[int, ...] = tuple(range(4, 129, 4))
     delta: float = 0.1
     wave: int = 4
     num_orders: int = 8
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What was known at one moment of a replay: the state, whether the leader was right, and who it was."""
-
-    state: Features
-    leader_right: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Trajectory:
-    """One replay without early stopping: its moments, and whether its last vote and the vote over all are right."""
-
-    moments: tuple[Moment, ...]
-    last_right: bool
-    full_right: bool
-
-    def right_when_stopped(self, estimates: Sequence[float], stop_below: float) -> bool:
-        """Whether the answer is right if the search stops at the first estimate below `stop_below`."""
-        for moment, estimate in zip(self.moments, estimates, strict=True):
-            if estimate < stop_below:
-                return moment.leader_right
-        return self.last_right
 
 
 def calibrate(
@@ -102,25 +76,28 @@ def calibrate(
             hint="Around 100 are needed before anything can be pruned at alpha 0.05.",
         )
     fitting, certifying = divide(questions, options.fit_share, options.seed)
-    scorer = fit_scorer(_examples(fitting), options.checkpoints)
-    regret = _fit_regret(fitting, options)
-    prune_below = {alpha: _certify_pruning(scorer, certifying, alpha, options) for alpha in ALPHAS}
+    models = _fit(fitting, options)
+    # With the roles exchanged: only the mean loss at a stopping level is read from it, which half the questions
+    # would tell too roughly.
+    exchanged = _fit(certifying, options)
+    judged = [_judge(models.scorer, question, options) for question in certifying]
+    judged_others = [_judge(exchanged.scorer, question, options) for question in fitting]
+    prune_below = {alpha: _certify_pruning(models.scorer, certifying, alpha, options) for alpha in ALPHAS}
     stop_below: dict[tuple[float, float], float | None] = {}
-    certified: dict[float, dict[float, float | None]] = {}
-    for alpha, found in {0.0: None, **prune_below}.items():
-        threshold = found or 0.0
-        if threshold not in certified:
-            policy = Certified(scorer, prune_below=threshold, wave=options.wave)
-            traced = [trajectories(policy, question, options) for question in certifying]
-            certified[threshold] = {risk: _certify_stopping(regret, traced, risk, options) for risk in RISKS}
-        stop_below.update({(alpha, risk): level for risk, level in certified[threshold].items()})
+    found: dict[float, dict[float, float | None]] = {}
+    for alpha, threshold in {0.0: 0.0, **{alpha: value or 0.0 for alpha, value in prune_below.items()}}.items():
+        if threshold not in found:
+            certifying_replays = models.replays(judged, threshold, options)
+            others = exchanged.replays(judged_others, threshold, options)
+            found[threshold] = {risk: _certify_stopping(certifying_replays, others, risk, options) for risk in RISKS}
+        stop_below.update({(alpha, risk): level for risk, level in found[threshold].items()})
     _log.info("pruning thresholds %s, stopping thresholds %s", prune_below, stop_below)
     return SearchProfile(
         model=info.model,
         temperature=info.temperature,
         tasks=tuple(sorted({question.task for question in questions})),
-        scorer=scorer,
-        regret=regret,
+        scorer=models.scorer,
+        regret=models.regret,
         prune_below=prune_below,
         stop_below=stop_below,
         delta=options.delta,
@@ -158,50 +135,6 @@ def false_prune_losses(scorer: PathScorer, questions: Sequence[RecordedQuestion]
     return [values for values in least if values]
 
 
-def trajectories(policy: Certified, question: RecordedQuestion, options: CalibrationOptions) -> list[Trajectory]:
-    """Replays of one question under `policy`, which must not stop early, with every moment noted."""
-    found = []
-    for order in shuffled_orders(question, options.num_orders, options.seed):
-        tracing = _Tracing(policy, question)
-        outcome = replay(tracing, question.paths, order)
-        full = replay(Full(), question.paths, order)
-        found.append(
-            Trajectory(
-                tuple(tracing.moments), question.is_right(outcome.result.key), question.is_right(full.result.key)
-            )
-        )
-    return found
-
-
-class _Tracing:
-    """`certified` that notes the state whenever it might stop, instead of stopping."""
-
-    name = "certified"
-
-    def __init__(self, policy: Certified, question: RecordedQuestion) -> None:
-        self._policy = policy
-        self._question = question
-        self.moments: list[Moment] = []
-
-    def start(self, max_paths: int) -> PolicyRun:
-        return _TracingRun(self._policy, max_paths, self._question, self.moments)
-
-
-class _TracingRun(CertifiedRun):
-    def __init__(self, policy: Certified, max_paths: int, question: RecordedQuestion, moments: list[Moment]) -> None:
-        super().__init__(policy, max_paths)
-        self._question = question
-        self._moments = moments
-
-    def certificate(self, lanes: Sequence[Lane]) -> str | None:
-        result = self.vote(lanes)
-        if result.winner is not None and not result.tied:
-            known = {lane.index: self.probabilities[lane.index] for lane in lanes if lane.answer is not None}
-            state = vote_state(result, lanes, known)
-            self._moments.append(Moment(state, self._question.is_right(result.key)))
-        return super().certificate(lanes)
-
-
 def _examples(questions: Sequence[RecordedQuestion]) -> list[Example]:
     return [
         Example(path.signals, correct, path.answer is not None, 1 / len(question.paths))
@@ -209,6 +142,52 @@ def _examples(questions: Sequence[RecordedQuestion]) -> list[Example]:
         for path, correct in zip(question.paths, question.correct, strict=True)
         if path.num_tokens
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Replays:
+    """Replays of some questions, and the estimated regret at each of their moments."""
+
+    trajectories: Sequence[Sequence[Trajectory]]
+    estimates: Sequence[Sequence[Sequence[float]]]
+
+    def losses(self, stop_below: float) -> Losses:
+        """For each question, the part of its replays that lose a right answer by stopping below this level."""
+        return np.array(
+            [
+                np.mean(
+                    [
+                        run.full_right and not run.right_when_stopped(values, stop_below)
+                        for run, values in zip(runs, estimates, strict=True)
+                    ]
+                )
+                for runs, estimates in zip(self.trajectories, self.estimates, strict=True)
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """What is fitted on a part of the questions."""
+
+    scorer: PathScorer
+    regret: Logistic
+
+    def replays(self, judged: Sequence[JudgedQuestion], prune_below: float, options: CalibrationOptions) -> _Replays:
+        policy = Certified(self.scorer, prune_below=prune_below, wave=options.wave)
+        traced = [trajectories(policy, one) for one in judged]
+        estimates = [
+            [[self.regret.probability(moment.state) for moment in run.moments] for run in runs] for runs in traced
+        ]
+        return _Replays(traced, estimates)
+
+
+def _judge(scorer: PathScorer, question: RecordedQuestion, options: CalibrationOptions) -> JudgedQuestion:
+    return judge(scorer, question, num_orders=options.num_orders, seed=options.seed)
+
+
+def _fit(questions: Sequence[RecordedQuestion], options: CalibrationOptions) -> _Models:
+    return _Models(fit_scorer(_examples(questions), options.checkpoints), _fit_regret(questions, options))
 
 
 def _fit_regret(questions: Sequence[RecordedQuestion], options: CalibrationOptions) -> Logistic:
@@ -220,12 +199,13 @@ def _fit_regret(questions: Sequence[RecordedQuestion], options: CalibrationOptio
         others = [question for number, question in enumerate(questions) if number % _NUM_FOLDS != fold]
         policy = Certified(fit_scorer(_examples(others), options.checkpoints), wave=options.wave)
         for question in questions[fold::_NUM_FOLDS]:
-            traced = trajectories(policy, question, options)
+            judged = _judge(policy.scorer, question, options)
+            traced = trajectories(policy, judged)
             moments = [(moment, run.full_right) for run in traced for moment in run.moments]
             states.extend(moment.state for moment, _ in moments)
             regretted.extend(full_right and not moment.leader_right for moment, full_right in moments)
             weights.extend([1 / len(moments)] * len(moments))
-    return fit_logistic(np.stack(states), np.array(regretted), np.array(weights))
+    return fit_logistic(np.stack(states), np.array(regretted), np.array(weights), _REGRET_RIDGE)
 
 
 def _certify_pruning(
@@ -239,30 +219,16 @@ def _certify_pruning(
     return learn_then_test(losses_of, _PRUNE_GRID, alpha, options.delta)
 
 
-def _certify_stopping(
-    regret: Logistic, traced: Sequence[Sequence[Trajectory]], risk: float, options: CalibrationOptions
-) -> float | None:
-    estimates = [
-        [[regret.probability(moment.state) for moment in run.moments] for run in of_question] for of_question in traced
-    ]
-
-    def losses_of(threshold: float) -> Losses:
-        return np.array(
-            [
-                np.mean(
-                    [
-                        run.full_right and not run.right_when_stopped(values, threshold)
-                        for run, values in zip(of_question, numbers, strict=True)
-                    ]
-                )
-                for of_question, numbers in zip(traced, estimates, strict=True)
-            ]
-        )
-
-    certified = learn_then_test(losses_of, _STOP_GRID, risk, options.delta)
+def _certify_stopping(certifying: _Replays, others: _Replays, risk: float, options: CalibrationOptions) -> float | None:
+    certified = learn_then_test(certifying.losses, _STOP_GRID, risk, options.delta)
     if certified is None:
         return None
-    # All candidates up to this one are certified. With few questions the bound lies far above the mean, and with many
-    # it lets the mean come close to `risk`: a search should not lose as much as it is allowed to.
-    careful = [level for level in _STOP_GRID if level <= certified and losses_of(level).mean() <= _USED_PART * risk]
-    return careful[-1] if careful else None
+    # All levels up to this one are certified. With few questions the bound lies far above the mean, and with many it
+    # lets the mean come close to `risk`: a search should not lose as much as it is allowed to.
+    careful = None
+    for level in _STOP_GRID:
+        mean = np.concatenate([certifying.losses(level), others.losses(level)]).mean()
+        if level > certified or mean > _USED_PART * risk:
+            break
+        careful = level
+    return careful

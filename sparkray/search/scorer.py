@@ -16,21 +16,32 @@ from sparkray.errors import InputError
 from sparkray.search.logistic import Features, Logistic, fit_logistic, logistic_from_dict, logistic_to_dict
 from sparkray.search.signals import COLUMN, FloatArray
 
+# An answer stands in the last few tokens of a path, and nobody says in how many.
+_ENDS = (2, 3, 4, 5)
+_START_TOKENS = 4
+_RECENT_TOKENS = 8
 FEATURES = (
     "mean_entropy",
     "peak_entropy",
+    "total_entropy",
+    "start_entropy",
     "recent_entropy",
+    *(f"entropy_of_last_{count}" for count in _ENDS),
     "mean_logprob",
     "least_logprob",
+    "total_logprob",
+    "start_logprob",
     "recent_logprob",
+    *(f"logprob_of_last_{count}" for count in _ENDS),
     "mean_max_prob",
     "least_max_prob",
+    "least_max_prob_of_last_4",
     "mean_top_confidence",
     "least_top_confidence",
+    "top_confidence_of_last_4",
     "peak_statistic",
     "log_num_tokens",
 )
-_RECENT_TOKENS = 8
 _MIN_EXAMPLES = 30
 
 
@@ -39,22 +50,39 @@ def path_features(signals: FloatArray) -> Features:
     rows = np.nan_to_num(signals.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     entropy, logprob = rows[:, COLUMN["entropy"]], rows[:, COLUMN["logprob"]]
     max_prob, confidence = rows[:, COLUMN["max_prob"]], rows[:, COLUMN["top_confidence"]]
+    num_tokens = len(rows)
+    # Python is quicker than numpy on a handful of numbers, and a search judges many paths many times.
+    last_entropy, last_logprob = entropy[-_RECENT_TOKENS:].tolist(), logprob[-_RECENT_TOKENS:].tolist()
+    last_confidence = confidence[-4:].tolist()
+    total_entropy, total_logprob = float(entropy.sum()), float(logprob.sum())
     return np.array(
         [
-            entropy.mean(),
+            total_entropy / num_tokens,
             entropy.max(),
-            entropy[-_RECENT_TOKENS:].mean(),
-            logprob.mean(),
+            total_entropy,
+            _mean(entropy[:_START_TOKENS].tolist()),
+            _mean(last_entropy),
+            *(_mean(last_entropy[-count:]) for count in _ENDS),
+            total_logprob / num_tokens,
             logprob.min(),
-            logprob[-_RECENT_TOKENS:].mean(),
-            max_prob.mean(),
+            total_logprob,
+            sum(logprob[:_START_TOKENS].tolist()),
+            _mean(last_logprob),
+            *(sum(last_logprob[-count:]) for count in _ENDS),
+            max_prob.sum() / num_tokens,
             max_prob.min(),
-            confidence.mean(),
+            min(max_prob[-4:].tolist()),
+            confidence.sum() / num_tokens,
             confidence.min(),
+            _mean(last_confidence),
             rows[:, COLUMN["hedge_statistic"]].max(),
-            np.log(len(rows)),
+            np.log(num_tokens),
         ]
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from sparkray.search.policies.base import MajorityRun
 from sparkray.search.policies.deepconf import lowest_group_confidence
 from sparkray.search.replay import replay
 from sparkray.search.scorer import FEATURES, PathScorer
+from sparkray.search.stopping import STATE_FEATURES
 
 NUM_FEATURES = len(FEATURES)
 
@@ -128,7 +129,7 @@ def test_certified_prunes_hopeless_paths() -> None:
 
 
 def test_certified_stops_when_regret_is_small() -> None:
-    size = 9
+    size = len(STATE_FEATURES)
     never = Logistic((0.0,) * size, (1.0,) * size, (0.0,) * size, -5.0)
     policy = Certified(SCORER, regret=never, stop_below=0.01, wave=2)
     found = [path("a", 4), path("b", 9), path("a", 4)]

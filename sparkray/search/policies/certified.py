@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparkray.search.certificates import is_locked_in
-from sparkray.search.logistic import Logistic
+from sparkray.search.logistic import Features, Logistic
 from sparkray.search.paths import Lane
 from sparkray.search.policies.base import MajorityRun, StepDecision, newly_ended
 from sparkray.search.scorer import PathScorer
@@ -54,7 +54,7 @@ class CertifiedRun(MajorityRun):
         super().__init__(max_paths)
         self._policy = policy
         self._ended: set[int] = set()
-        self._judged: dict[int, int] = {}
+        self._judged_tokens: dict[int, int] = {}
         self.probabilities: dict[int, float] = {}
 
     def next_wave(self, lanes: Sequence[Lane]) -> int:
@@ -77,21 +77,35 @@ class CertifiedRun(MajorityRun):
         num_to_come = self.max_paths - sum(not lane.running for lane in lanes)
         if is_locked_in(result, float(num_to_come)):
             return "lock_in"
-        if self._policy.regret is None or result.tied:
-            return None
+        return "regret" if not result.tied and self.close_by_regret(result, lanes) else None
+
+    def close_by_regret(self, result: VoteResult, lanes: Sequence[Lane]) -> bool:
+        """Whether stopping now is estimated to cost too little to go on; `result` has a winner that is not tied."""
+        regret = self._policy.regret
+        return regret is not None and regret.probability(self.state(result, lanes)) < self._policy.stop_below
+
+    def state(self, result: VoteResult, lanes: Sequence[Lane]) -> Features:
+        """The state of the vote, as the regret is estimated from."""
         known = {lane.index: self._probability(lane) for lane in lanes if lane.answer is not None}
-        estimate = self._policy.regret.probability(vote_state(result, lanes, known))
-        return "regret" if estimate < self._policy.stop_below else None
+        return vote_state(result, lanes, known, self.max_paths)
+
+    def at_end(self, lane: Lane) -> float:
+        """P(right) of a lane that ended with an answer."""
+        return self._policy.scorer.at_end(lane.signals)
+
+    def at_checkpoint(self, lane: Lane, mark: int) -> float:
+        """P(right) of a lane when it had written `mark` tokens."""
+        return self._policy.scorer.at_checkpoint(lane.signals, mark)
 
     def _probability(self, lane: Lane) -> float:
         if lane.index not in self.probabilities:
-            self.probabilities[lane.index] = self._policy.scorer.at_end(lane.signals)
+            self.probabilities[lane.index] = self.at_end(lane)
         return self.probabilities[lane.index]
 
     def _is_hopeless(self, lane: Lane) -> bool:
         if self._policy.prune_below <= 0:
             return False
         # A live path may have written several tokens since the last step.
-        judged, self._judged[lane.index] = self._judged.get(lane.index, 0), lane.num_tokens
+        judged, self._judged_tokens[lane.index] = self._judged_tokens.get(lane.index, 0), lane.num_tokens
         marks = [mark for mark in self._policy.scorer.checkpoints if judged < mark <= lane.num_tokens]
-        return any(self._policy.scorer.at_checkpoint(lane.signals, mark) < self._policy.prune_below for mark in marks)
+        return any(self.at_checkpoint(lane, mark) < self._policy.prune_below for mark in marks)
