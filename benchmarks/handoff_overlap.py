@@ -56,8 +56,6 @@ CHUNK_TOKENS = 128
 PORT = 7071
 LINK = LinkConfig(credit_bytes=64 << 20, stall_timeout_seconds=60)
 LIMITS = WireLimits(max_pending_bytes=4 << 30)
-# Payload of about this many seconds crosses each link.
-WIRE_SECONDS = 1.5
 FILL = 0.7
 
 
@@ -164,10 +162,10 @@ def send_once(num_rows: int, tokens_per_second: float | None, *, blob: bool) -> 
     }
 
 
-def send_all(gigabits: float, rounds: int) -> dict[str, Any]:
+def send_all(gigabits: float, rounds: int, wire_seconds: float) -> dict[str, Any]:
     """All measurements of one link, in turns, from the prefill side's namespace."""
     line = gigabits * GIGABIT
-    num_rows = max(CHUNK_TOKENS, int(line * WIRE_SECONDS / GEOMETRY.row_bytes))
+    num_rows = max(CHUNK_TOKENS, int(line * wire_seconds / GEOMETRY.row_bytes))
     rate = FILL * line * ETHERNET_SHARE / GEOMETRY.row_bytes
     send_once(CHUNK_TOKENS, None, blob=False)
     plain_bytes = num_rows * GEOMETRY.row_bytes
@@ -204,7 +202,7 @@ def send_all(gigabits: float, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_link(gigabits: float, rounds: int) -> dict[str, Any]:
+def measure_link(gigabits: float, rounds: int, wire_seconds: float) -> dict[str, Any]:
     """One link: a cable of its own, a receiver in one namespace and the sender in the other."""
     me = [sys.executable, __file__]
     with Cable(gigabits) as cable:
@@ -215,6 +213,7 @@ def measure_link(gigabits: float, rounds: int) -> dict[str, Any]:
             assert receiver.stdout is not None
             receiver.stdout.readline()
             words = [*me, "--role", "send", "--gbit", str(gigabits), "--rounds", str(rounds)]
+            words += ["--wire-seconds", str(wire_seconds)]
             done = subprocess.run(
                 cable.inside(cable.prefill, words), stdout=subprocess.PIPE, text=True, timeout=600, check=True
             )
@@ -266,17 +265,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gbit", type=float, nargs="+", default=[10.0, 1.0, 0.05])
+    parser.add_argument("--wire-seconds", type=float, default=1.5, help="payload that takes a link about so long")
     parser.add_argument("--engines", action=argparse.BooleanOptionalAction, default=True, help="vLLM and llama.cpp too")
     parser.add_argument("--role", choices=["all", "send", "receive"], default="all", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role == "receive":
         receive_forever()
     if arguments.role == "send":
-        print(json.dumps(send_all(arguments.gbit[0], arguments.rounds)))
+        print(json.dumps(send_all(arguments.gbit[0], arguments.rounds, arguments.wire_seconds)))
         return
     links = []
     for gigabits in arguments.gbit:
-        links.append(measure_link(gigabits, arguments.rounds))
+        links.append(measure_link(gigabits, arguments.rounds, arguments.wire_seconds))
         if not arguments.json:
             print(links[-1])
     engines = measure_engines(links, arguments.rounds) if arguments.engines else {}
