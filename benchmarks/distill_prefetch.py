@@ -1,23 +1,27 @@
 """Does asking ahead hide a teacher's latency: `python benchmarks/distill_prefetch.py --json`.
 
-A real vLLM server scores a packed text; its answers are kept by a relay, which then gives them back with a latency of
+A real vLLM server, or with `--server transformers` the same model behind the same route without vLLM, scores a packed
+text; its answers are kept by a relay, which then gives them back with a latency of
 50 and 200 ms and, now and then, a 429. So what is measured is the waiting that asking ahead can hide, and not the
 engine's share of the cores. A student of real size trains on them, with prefetch and without, in turn; its idle share
 is the time in which it waited for rows over the time of its steps. The relay counts the requests in flight and the
-number of log-probabilities that each asked for.
+number of log-probabilities that each asked for: `num_wrong_widths` are the requests that asked for 20 where a 429
+called for 10, or for 10 where ten answers had called for 20 again.
+
+Last, a run against the live teacher fills the cache, and the same run again is answered from it: its hit rate, the
+largest difference of a step's loss, and how long a read takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,9 +31,12 @@ import httpx
 import torch
 
 from sparkray.config.base import validate_settings
-from sparkray.config.distill import DistillConfig
+from sparkray.config.distill import ClientConfig, DistillConfig, StoreConfig, TeacherConfig
+from sparkray.distill.cache.file import ScoreCache
 from sparkray.distill.client.client import TeacherClient
+from sparkray.distill.client.counters import quantile
 from sparkray.distill.data.pack import Pack
+from sparkray.distill.identity import score_key
 from sparkray.distill.run import make_pack
 from sparkray.distill.students.causal import create_causal_student
 from sparkray.distill.teachers.create import create_teacher
@@ -56,7 +63,7 @@ class Relay:
     def reset(self) -> None:
         """Forget the counts."""
         self.in_flight = self.peak_in_flight = self.num_requests = self.num_refused = 0
-        self.asked: list[tuple[int, int]] = []
+        self.events: list[tuple[str, int]] = []
 
     def handle(self, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
         """Answer one request."""
@@ -64,6 +71,7 @@ class Relay:
         with self._lock:
             self.num_requests += 1
             self.in_flight += 1
+            self.events.append(("asked", asked))
             self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
             refused = bool(self.refuse_every) and self.num_requests % self.refuse_every == 0
             self.num_refused += refused
@@ -74,7 +82,7 @@ class Relay:
         finally:
             with self._lock:
                 self.in_flight -= 1
-                self.asked.append((asked, status))
+                self.events.append(("answered", status))
 
     def _answer(self, path: str, body: bytes) -> bytes:
         key = f"{path}\n{body.decode()}"
@@ -90,20 +98,24 @@ class Relay:
 def main() -> None:
     """Print the shares; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-sequences", type=int, default=4)
     parser.add_argument("--sequence-tokens", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--refuse-every", type=int, default=15, help="Every so many requests, one is answered with 429."
+        "--refuse-every", type=int, default=40, help="Every so many requests, one is answered with 429."
     )
+    parser.add_argument("--server", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    server = vllm_server(prepare_model("embedded"), name="teacher", max_model_tokens=512, max_logprobs=TOP_LOGPROBS)
+    if arguments.server == "vllm":
+        server = vllm_server(prepare_model("embedded"), name="teacher", max_model_tokens=512, max_logprobs=TOP_LOGPROBS)
+    else:
+        server = forward_server()
     with tempfile.TemporaryDirectory() as folder, server as upstream:
         relay = Relay(upstream.removesuffix("/v1"))
-        with serve(relay) as url:
+        with serve(relay.handle) as url:
             report = measure(arguments, relay, f"{url}/v1", Path(folder))
     for key, value in report.items():
         print(f"{key:34} {value}")
@@ -148,8 +160,7 @@ def measure(arguments: argparse.Namespace, relay: Relay, url: str, folder: Path)
         record(config, pack, top_logprobs)
     relay.refuse_every = arguments.refuse_every
     shares: dict[tuple[int, bool], list[float]] = {}
-    peak = num_refused = 0
-    recovered = True
+    peak = num_refused = num_wrong = num_recoveries = 0
     for _ in range(arguments.rounds):
         for latency_ms in (50, 200):
             for ahead in (True, False):
@@ -157,7 +168,9 @@ def measure(arguments: argparse.Namespace, relay: Relay, url: str, folder: Path)
                 relay.latency_seconds = latency_ms / 1000
                 shares.setdefault((latency_ms, ahead), []).append(idle_share(config, pack, ahead=ahead))
                 peak, num_refused = max(peak, relay.peak_in_flight), num_refused + relay.num_refused
-                recovered = recovered and asked_less_and_recovered(relay.asked)
+                wrong, recoveries = judge_widths(relay.events, config.client.max_in_flight)
+                num_wrong, num_recoveries = num_wrong + wrong, num_recoveries + recoveries
+    relay.refuse_every = 0
     medians = {key: statistics.median(values) for key, values in shares.items()}
     return {
         "idle_share_prefetch": max(medians[50, True], medians[200, True]),
@@ -167,7 +180,11 @@ def measure(arguments: argparse.Namespace, relay: Relay, url: str, folder: Path)
         "idle_share_without_200ms": medians[200, False],
         "peak_in_flight": peak,
         "num_429": num_refused,
-        "asked_10_after_429_and_20_after_10_successes": recovered,
+        "num_wrong_widths": num_wrong,
+        "num_recoveries": num_recoveries,
+        "asked_10_after_429_and_20_after_10_successes": num_wrong == 0 and num_recoveries > 0,
+        **second_epoch(config, pack, folder),
+        "server": arguments.server,
         "num_rounds": arguments.rounds,
         "num_steps": arguments.steps,
     }
@@ -209,33 +226,100 @@ class OnDemand:
         return self._inner.rows(sequences, [])
 
 
-def asked_less_and_recovered(asked: list[tuple[int, int]]) -> bool:
-    """Whether, in the order of answers, a 429 was followed by requests for 10, and ten answers later by one for 20.
+def second_epoch(config: DistillConfig, pack: Pack, folder: Path) -> dict[str, float | None]:
+    """Train on the live teacher with a cache, then once more: all from the cache, with the same losses."""
+    cached = config.cache.model_copy(update={"path": folder / "scores.sqlite"})
 
-    Requests that were already under way when the 429 came may still ask for 20, as many as fit in flight.
+    def run(rows: FromClient) -> list[float]:
+        student = create_causal_student(
+            config.student, vocab_size=pack.header.vocab_size, max_tokens=pack.header.sequence_tokens, seed=0
+        )
+        trainer = Trainer(student, pack, rows, CausalObjective(config.loss), config.train, {})
+        return [trainer.run_step().loss for _ in range(config.train.num_steps)]
+
+    losses, metrics = [], []
+    for _ in range(2):
+        teacher = create_teacher(config.teacher, config.store, config.client)
+        with ScoreCache(cached) as cache, TeacherClient(teacher, config.client, cache) as asking:
+            losses.append(run(FromClient(asking, pack.train.tokens)))
+            metrics.append(asking.metrics)
+    keys = [score_key(teacher.identity, pack.train.tokens(n), teacher.parameters) for n in range(len(pack.train))]
+    with ScoreCache(cached) as cache:
+        reads = sorted(timed_read(cache, key) for _ in range(5) for key in keys)
+    return {
+        "cache_read_p50_ms": 1000 * (quantile(reads, 0.5) or 0.0),
+        "cache_read_p95_ms": 1000 * (quantile(reads, 0.95) or 0.0),
+        "second_epoch_hit_rate": metrics[1].hit_rate,
+        "second_epoch_loss_difference": max(abs(live - kept) for live, kept in zip(*losses, strict=True)),
+    }
+
+
+def timed_read(cache: ScoreCache, key: bytes) -> float:
+    """Seconds of one read that must be a hit."""
+    begun = time.perf_counter()
+    found = cache.get(key, top_logprobs=TOP_LOGPROBS)
+    seconds = time.perf_counter() - begun
+    assert found is not None
+    return seconds
+
+
+def judge_widths(events: list[tuple[str, int]], max_in_flight: int) -> tuple[int, int]:
+    """Requests of the wrong width, and returns to 20, in the order in which the relay saw requests and its answers.
+
+    The client's policy is followed from outside, so what the relay sees is late by what is under way: after a 429, and
+    after the tenth answer, as many requests as fit beside it in flight may have been written before the client read it.
     """
-    refused = [place for place, (_, status) in enumerate(asked) if status == 429]
-    if not refused:
-        return False
-    for place in refused:
-        after = [number for number, _ in asked[place + 1 :]]
-        under_way = 8
-        if len(after) > under_way and REDUCED not in after[: under_way + 1]:
-            return False
-    return asked[-1][0] == TOP_LOGPROBS or any(
-        left[0] == REDUCED and right[0] == TOP_LOGPROBS for left, right in itertools.pairwise(asked)
-    )
+    reduced, successes, excused = False, 0, 0
+    num_wrong = num_recoveries = 0
+    for kind, value in events:
+        if kind == "answered" and value == 429:
+            reduced, successes, excused = True, 0, max_in_flight - 1
+        elif kind == "answered":
+            successes += 1
+            if reduced and successes == 10:
+                reduced, excused = False, max_in_flight - 1
+                num_recoveries += 1
+        else:
+            num_wrong += value != (REDUCED if reduced else TOP_LOGPROBS) and not excused
+            excused = max(0, excused - 1)
+    return num_wrong, num_recoveries
 
 
 @contextmanager
-def serve(relay: Relay) -> Iterator[str]:
-    """The relay behind HTTP."""
+def forward_server() -> Iterator[str]:
+    """The embedded model by transformers, behind the route and in the shape of vLLM's prompt log-probabilities."""
+    teacher = create_teacher(TeacherConfig(), StoreConfig(), ClientConfig())
+    lock = threading.Lock()
+
+    def answer(path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        request = json.loads(body)
+        with lock:
+            scores = teacher.score(request["prompt"], request["prompt_logprobs"])
+        positions: list[dict[int, dict[str, float]] | None] = [None]
+        for token, own, ids, logprobs in zip(
+            request["prompt"][1:],
+            scores.token_logprobs_L.tolist(),
+            scores.head_ids_LK.tolist(),
+            scores.head_logprobs_LK.tolist(),
+            strict=True,
+        ):
+            named = {token: own, **dict(zip(ids, logprobs, strict=True))}
+            positions.append({number: {"logprob": logprob} for number, logprob in named.items()})
+        return 200, json.dumps({"choices": [{"prompt_logprobs": positions}]}).encode(), {}
+
+    with serve(answer) as url:
+        yield f"{url}/v1"
+
+
+@contextmanager
+def serve(answer: Callable[[str, bytes], tuple[int, bytes, dict[str, str]]]) -> Iterator[str]:
+    """A function of path and body behind HTTP."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            status, body, headers = relay.handle(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+            status, body, headers = answer(self.path, self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -255,5 +339,5 @@ def serve(relay: Relay) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
     main()

@@ -209,8 +209,8 @@ class AutoencoderConfig(Settings):
     dropout: float = Field(0.15, ge=0, lt=1, description="Share of masked tokens, and of dropped latent numbers.")
     kl_weight: float = Field(1e-3, ge=0, description="Weight of the divergence from a standard normal.")
     kl_floor: float = Field(0.5, ge=0, description="Divergence that each latent number has for free, in nats.")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest rate.")
-    num_steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(5e-4, gt=0, description="AdamW's highest rate.")
+    num_steps: int = Field(400, ge=1, description="Optimizer steps.")
     batch_chunks: int = Field(256, ge=1, description="Chunks of one step.")
     num_negatives: int = Field(
         2048, ge=1, description="Tokens drawn to stand for those that a step has not; all if the vocabulary is smaller."
