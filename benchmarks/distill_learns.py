@@ -6,7 +6,8 @@ rows in the wrong places. Measured on held-out text: the divergence from the tea
 perplexity. Every seed runs all variants before the next seed begins.
 
 `kl_ratio_to_ce` is the worse of the two targets' mean divergence over the one of the data alone; `control_ratio` is the
-shuffled rows' over the same.
+shuffled rows' over the same. Only both together show anything (`shown`): a student that is still learning how frequent
+tokens are learns that from rows in the wrong places too, and after 40 steps of 512 tokens it had learnt nothing else.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from sparkray.distill.training.supervision import FromStore
 from sparkray.distill.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+MOST = 0.95
 VARIANTS: dict[str, dict[str, Any]] = {
     "ce": {"ce_weight": 1.0, "kd_weight": 0.0},
     "tail_bucket": {"ce_weight": 0.0, "kd_weight": 1.0, "target": "tail_bucket"},
@@ -52,9 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Print one line a run and the summary; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-sequences", type=int, default=8)
-    parser.add_argument("--sequence-tokens", type=int, default=64)
+    parser.add_argument("--sequence-tokens", type=int, default=128)
     parser.add_argument("--max-sequences", type=int, default=320)
     parser.add_argument("--validation-sequences", type=int, default=16)
     parser.add_argument("--hidden-size", type=int, default=128)
@@ -112,9 +114,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             results[name].append(found)
             print(f"seed {seed}  {name:14} KL {found.kl_to_teacher:.3f}  perplexity {found.perplexity:.1f}", flush=True)
     kl = {name: statistics.fmean(run.kl_to_teacher or 0.0 for run in runs) for name, runs in results.items()}
+    ratio, control_ratio = max(kl["tail_bucket"], kl["sampled_tail"]) / kl["ce"], kl["shuffled"] / kl["ce"]
     return {
-        "kl_ratio_to_ce": max(kl["tail_bucket"], kl["sampled_tail"]) / kl["ce"],
-        "control_ratio": kl["shuffled"] / kl["ce"],
+        "kl_ratio_to_ce": ratio,
+        "control_ratio": control_ratio,
+        "shown": ratio <= MOST < control_ratio,
         "kl": kl,
         "perplexity": {name: statistics.fmean(run.perplexity for run in runs) for name, runs in results.items()},
         "top1_agreement": {
