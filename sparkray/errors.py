@@ -19,6 +19,7 @@ what to do next (`hint`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 EXIT_DONE = 0
@@ -161,3 +162,24 @@ def openai_body(error: SparkrayError) -> dict[str, dict[str, str | None]]:
     status = http_status(error)
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_inside(failure: BaseException) -> SparkrayError | None:
+    """The first error of this tree inside one that another library wrapped around it, or None.
+
+    Looked into are `__cause__`, Ray's `cause` and Ray Train's `worker_failures` (an error a worker).
+    """
+    seen: list[BaseException] = [failure]
+    for one in seen:
+        if isinstance(one, SparkrayError):
+            return one
+        failures: Mapping[int, object] = getattr(one, "worker_failures", None) or {}
+        inner = [getattr(one, "cause", None), one.__cause__, *failures.values()]
+        seen += [item for item in inner if isinstance(item, BaseException) and item not in seen]
+    return None
+
+
+def last_line(failure: BaseException) -> str:
+    """What an error ends with: of a wrapped traceback, the line that says what went wrong."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return lines[-1] if lines else type(failure).__name__

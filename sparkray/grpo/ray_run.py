@@ -7,7 +7,7 @@ and engines are pushed to before they draw.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sparkray.config.grpo import GrpoConfig
-from sparkray.errors import SparkrayError, UnavailableError, WaitTimeoutError
+from sparkray.errors import UnavailableError, WaitTimeoutError, error_inside, last_line
 from sparkray.grpo.actors import start_engines
 from sparkray.grpo.checkpoint import check_same_run, export_model, newest_checkpoint
 from sparkray.grpo.curves import entropy_collapse, write_report
@@ -145,7 +145,7 @@ def _await_engines(engines: Sequence[ActorHandle], timeout_seconds: float) -> No
             hint="See `ray status` for what they wait for, or set start_timeout_seconds higher.",
         ) from slow
     except (RayActorError, RayTaskError) as failure:
-        raise UnavailableError(f"an engine could not start: {_last_line(failure)}") from failure
+        raise UnavailableError(f"an engine could not start: {last_line(failure)}") from failure
 
 
 def _fit(config: GrpoConfig, engines: Sequence[ActorHandle], run_dir: Path, *, on_cpu: bool) -> None:
@@ -170,11 +170,11 @@ def _fit(config: GrpoConfig, engines: Sequence[ActorHandle], run_dir: Path, *, o
     try:
         trainer.fit()
     except Exception as failure:  # Ray Train wraps what a rank raised; ours is inside
-        cause = _ours(failure)
+        cause = error_inside(failure)
         if cause is not None:
             raise cause from failure
         raise UnavailableError(
-            f"training ended after {config.max_failures} restarts: {_last_line(failure)}",
+            f"training ended after {config.max_failures} restarts: {last_line(failure)}",
             hint="Start it again with the same settings to go on from the last checkpoint.",
         ) from failure
 
@@ -215,21 +215,3 @@ def _finish(config: GrpoConfig, run_dir: Path, model_path: Path, total: int) -> 
     draft.write_text(json.dumps(summary, indent=2), encoding="utf-8")
     draft.replace(run_dir / SUMMARY_NAME)
     return summary
-
-
-def _ours(failure: BaseException) -> SparkrayError | None:
-    """The error of ours inside what Ray raised, if there is one."""
-    seen: list[BaseException] = [failure]
-    for one in seen:
-        if isinstance(one, SparkrayError):
-            return one
-        inner: list[Any] = [getattr(one, "cause", None), one.__cause__]
-        workers: Mapping[int, Any] = getattr(one, "worker_failures", None) or {}
-        inner += list(workers.values())
-        seen += [item for item in inner if isinstance(item, BaseException) and item not in seen]
-    return None
-
-
-def _last_line(failure: Exception) -> str:
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[-1] if lines else type(failure).__name__

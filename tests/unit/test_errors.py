@@ -7,7 +7,16 @@ import pickle
 import pytest
 
 from sparkray import errors
-from sparkray.errors import InputError, MissingExtraError, SparkrayError, exit_code, http_status, openai_body
+from sparkray.errors import (
+    InputError,
+    MissingExtraError,
+    SparkrayError,
+    error_inside,
+    exit_code,
+    http_status,
+    last_line,
+    openai_body,
+)
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SparkrayError)]
 
@@ -39,3 +48,27 @@ def test_an_error_crosses_a_process_boundary_whole() -> None:
 
 def test_a_missing_extra_says_the_command() -> None:
     assert "sparkray[train]" in str(MissingExtraError.for_module("trl", "train"))
+
+
+class _WorkersFailedError(Exception):
+    """As Ray Train raises it."""
+
+    def __init__(self, failures: dict[int, BaseException]) -> None:
+        super().__init__("two workers failed")
+        self.worker_failures = failures
+
+
+def test_the_error_inside_a_wrapped_one_is_found() -> None:
+    ours = InputError("bad row.")
+    task = RuntimeError("task failed")
+    task.__cause__ = ours
+    assert error_inside(_WorkersFailedError({0: ValueError("other"), 1: task})) is ours
+    assert error_inside(ours) is ours
+    looped = RuntimeError("loop")
+    looped.__cause__ = looped
+    assert error_inside(looped) is None
+
+
+def test_the_last_line_of_an_error() -> None:
+    assert last_line(RuntimeError("Traceback\n  File x\nValueError: no such row\n")) == "ValueError: no such row"
+    assert last_line(KeyError()) == "KeyError"

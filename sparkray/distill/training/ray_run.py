@@ -15,7 +15,7 @@ from sparkray.config.distill import TrainJobConfig
 from sparkray.distill.data.pack import read_pack
 from sparkray.distill.run import check_training
 from sparkray.distill.training.train_loop import train_loop
-from sparkray.errors import SparkrayError, UnavailableError, UsageError
+from sparkray.errors import UnavailableError, UsageError, error_inside, last_line
 
 _SETTINGS = "job.json"
 
@@ -68,11 +68,11 @@ def train_on_cluster(job: TrainJobConfig) -> dict[str, Any]:
     try:
         trainer.fit()
     except Exception as failure:  # Ray Train wraps what a worker raised; ours is inside
-        ours = _ours(failure)
+        ours = error_inside(failure)
         if ours is not None:
             raise ours from failure
         raise UnavailableError(
-            f"training ended after {workers.max_failures} restarts: {str(failure).strip().splitlines()[-1]}",
+            f"training ended after {workers.max_failures} restarts: {last_line(failure)}",
             hint="Start it again with the same settings to go on from the last checkpoint.",
         ) from failure
     return _summary(out)
@@ -118,14 +118,3 @@ def _summary(out: Path) -> dict[str, Any]:
         "distillation": last["distillation"],
         "model": str(out / "model"),
     }
-
-
-def _ours(failure: BaseException) -> SparkrayError | None:
-    """The error of ours inside what Ray raised, if there is one."""
-    seen = [failure]
-    for one in seen:
-        if isinstance(one, SparkrayError):
-            return one
-        inner = [getattr(one, "cause", None), one.__cause__, *(getattr(one, "worker_failures", None) or {}).values()]
-        seen += [item for item in inner if isinstance(item, BaseException) and item not in seen]
-    return None
