@@ -32,7 +32,7 @@ _PRUNE_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _STOP_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _NUM_FOLDS = 4
 # Of the risk that is allowed, so much is used on all questions, on average: the rest is kept for new ones.
-_USED_PART = 0.2
+_USED_PART = 0.1
 _MIN_QUESTIONS = 20
 # The moments of a question are much alike: there are fewer examples than it seems, and the features overlap.
 _REGRET_RIDGE = 10.0
