@@ -98,7 +98,8 @@ def test_without_rows_they_are_computed_here(side: Side) -> None:
 @pytest.mark.parametrize("at", range(9))
 def test_a_prefill_side_that_dies_leaves_its_whole_rows(side: Side, at: int) -> None:
     """Rows 0-4 are whole after slice 3, 5-9 after slice 6, 10-11 after slice 9."""
-    tokens, done = side.ask(side.request(rows_timeout_seconds=0.5), LostFeed(PROMPT, at))
+    # Waited for after the last row that comes; a busy machine may be half a second late with one.
+    tokens, done = side.ask(side.request(rows_timeout_seconds=2.0), LostFeed(PROMPT, at))
     assert tokens == monolithic(PROMPT, NUM_TOKENS)
     assert done.rows_received == 5 * (at // 3)
     assert done.verdict == ("partial" if at >= 3 else "local") and done.reason
