@@ -15,6 +15,8 @@ from sparkray.handoff.rows import KvRows
 
 # Between two looks at the client's connection.
 _LISTEN_SECONDS = 0.05
+# How long the first connection of a prefill side that has ended may still be on its way.
+_ARRIVAL_SECONDS = 1.0
 
 
 class Transfer:
@@ -39,6 +41,7 @@ class Transfer:
         self._is_complete = False
         self._is_closed = False
         self._is_connected = False
+        self._confirmed_at = 0.0
 
     @property
     def received_bytes(self) -> int:
@@ -104,6 +107,7 @@ class Transfer:
         """The prefill side's first token has come, or the word that there is none."""
         with self._changed:
             self.confirm = confirm
+            self._confirmed_at = time.monotonic()
             self._changed.notify_all()
 
     def wait_for_rows(self, timeout_seconds: float, listen: Callable[[float], None]) -> bool:
@@ -134,7 +138,10 @@ class Transfer:
 
     @property
     def _is_lost(self) -> bool:
-        return self.confirm is not None and not self.confirm.token_ids and not self._is_connected
+        if self.confirm is None or self.confirm.token_ids or self._is_connected:
+            return False
+        # The word comes on a connection of its own and may overtake the rows that were sent before it.
+        return self.assembly is not None or time.monotonic() > self._confirmed_at + _ARRIVAL_SECONDS
 
     def wait_for_confirm(self, timeout_seconds: float, listen: Callable[[float], None]) -> Confirm | None:
         """Wait for the prefill side's first token."""

@@ -39,5 +39,11 @@ def test_the_annotation_is_the_class_and_not_its_name(name: str) -> None:
 def test_what_is_written_beside_them_is_accepted(path: Path) -> None:
     for application in yaml.safe_load(path.read_text())["applications"]:
         module, _, function = application["import_path"].partition(":")
+        if module == "ray.serve.llm":
+            from ray.llm._internal.serve.serving_patterns.prefill_decode.builder import PDServingArgs
+
+            assert function == "build_pd_openai_app"
+            PDServingArgs.model_validate(application["args"])
+            continue
         assert function == "build"
         validate_settings(KINDS[module.removeprefix("serve_apps.")], application["args"])
