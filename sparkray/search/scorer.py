@@ -46,7 +46,11 @@ _MIN_EXAMPLES = 30
 
 
 def path_features(signals: FloatArray) -> Features:
-    """The `FEATURES` of the tokens in `signals` (at least one), shape [num_features]; unknown signals count as 0."""
+    """The `FEATURES` of the tokens in `signals` (at least one), shape [num_features]; unknown signals count as 0.
+
+    Entropies are means, in bits. Log-probabilities of the first or last few tokens are sums, in nats: that of the answer
+    as a whole.
+    """
     rows = np.nan_to_num(signals.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     entropy, logprob = rows[:, COLUMN["entropy"]], rows[:, COLUMN["logprob"]]
     max_prob, confidence = rows[:, COLUMN["max_prob"]], rows[:, COLUMN["top_confidence"]]

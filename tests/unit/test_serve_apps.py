@@ -40,10 +40,12 @@ def test_what_is_written_beside_them_is_accepted(path: Path) -> None:
     for application in yaml.safe_load(path.read_text())["applications"]:
         module, _, function = application["import_path"].partition(":")
         if module == "ray.serve.llm":
-            from ray.llm._internal.serve.serving_patterns.prefill_decode.builder import PDServingArgs
+            from ray.serve.llm import LLMConfig
 
             assert function == "build_pd_openai_app"
-            PDServingArgs.model_validate(application["args"])
+            assert set(application["args"]) == {"prefill_config", "decode_config"}
+            for side in application["args"].values():
+                LLMConfig.model_validate(side)
             continue
         assert function == "build"
         validate_settings(KINDS[module.removeprefix("serve_apps.")], application["args"])
