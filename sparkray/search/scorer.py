@@ -48,8 +48,8 @@ _MIN_EXAMPLES = 30
 def path_features(signals: FloatArray) -> Features:
     """The `FEATURES` of the tokens in `signals` (at least one), shape [num_features]; unknown signals count as 0.
 
-    Entropies are means, in bits. Log-probabilities of the first or last few tokens are sums, in nats: that of the answer
-    as a whole.
+    Entropies are in bits and log-probabilities in nats. `start_logprob` and `logprob_of_last_*` are sums, so that the
+    latter is that of an answer as a whole; `recent_logprob` and the entropies of few tokens are means.
     """
     rows = np.nan_to_num(signals.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     entropy, logprob = rows[:, COLUMN["entropy"]], rows[:, COLUMN["logprob"]]
