@@ -9,20 +9,19 @@ text says nothing about a chunk but how frequent it is. `samples` are continuati
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from distill_common import kept_pack, report_of, small_shape
 
 from sparkray.config.base import validate_settings
 from sparkray.config.distill import DistillConfig
-from sparkray.distill.data.pack import Pack, Sequences, read_pack
+from sparkray.distill.data.pack import Pack, Sequences
 from sparkray.distill.generate import write_latent
-from sparkray.distill.run import make_pack, student_tokenizer
+from sparkray.distill.run import student_tokenizer
 from sparkray.distill.students.autoencoder import ChunkAutoencoder
 from sparkray.distill.students.latent import LatentStudent
 from sparkray.distill.training.autoencoder import aligned_chunks, load_autoencoder, save_autoencoder, train_autoencoder
@@ -43,18 +42,13 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--validation-sequences", type=int, default=16)
     parser.add_argument("--looks", type=int, default=3, help="Evaluations, the last one after the last step.")
-    parser.add_argument("--work", type=Path, help="Folder of pack and autoencoder, kept for the next call.")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.work is None:
-        with tempfile.TemporaryDirectory() as folder:
-            report = measure(arguments, Path(folder))
-    else:
-        report = measure(arguments, arguments.work)
+    report_of(parser, measure, show_report)
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """One line a number."""
     for key, value in report.items():
         print(f"{key:34} {value}")
-    if arguments.json:
-        print(json.dumps(report))
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -64,17 +58,12 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         {
             "pack": {"sequence_tokens": 128},
             "autoencoder": {"num_steps": arguments.autoencoder_steps},
-            "latent": {
-                "hidden_size": arguments.hidden_size,
-                "num_layers": 4,
-                "num_heads": 4,
-                "intermediate_size": 3 * arguments.hidden_size,
-            },
+            "latent": small_shape(arguments.hidden_size),
             "train": {"num_steps": arguments.steps, "batch_sequences": 16, "micro_batch_sequences": 16},
         },
     )
-    pack = read_pack(work / "pack") if (work / "pack").is_dir() else make_pack("python-docs", work / "pack", config)
-    if not (work / "autoencoder").is_dir():
+    pack = kept_pack("python-docs", work / "pack", config)
+    if not (work / "autoencoder" / "autoencoder.json").is_file():
         begun = time.monotonic()
 
         def show(step: int, cross_entropy: float) -> None:

@@ -13,9 +13,7 @@ tokens are learns that from rows in the wrong places too, and after 40 steps of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from distill_common import kept_pack, report_of, small_shape
 from torch import Tensor
 
 from sparkray.config.base import validate_settings
 from sparkray.config.distill import DistillConfig
-from sparkray.distill.data.pack import Pack, read_pack
-from sparkray.distill.run import make_pack
+from sparkray.distill.data.pack import Pack
 from sparkray.distill.scores import TokenScores
 from sparkray.distill.store.capture import capture_store, sequence_scorer, store_header
 from sparkray.distill.store.reader import LogitStore
@@ -54,27 +52,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Print one line a run and the summary; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-sequences", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-sequences", type=int, default=4)
     parser.add_argument("--sequence-tokens", type=int, default=128)
-    parser.add_argument("--max-sequences", type=int, default=320)
+    parser.add_argument("--max-sequences", type=int, default=800)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--validation-sequences", type=int, default=16)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="python-docs")
-    parser.add_argument("--work", type=Path, help="Folder of pack and store, kept for the next call.")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.work is None:
-        with tempfile.TemporaryDirectory() as folder:
-            report = measure(arguments, Path(folder))
-    else:
-        report = measure(arguments, arguments.work)
+    report_of(parser, measure, show_report)
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Means over the seeds, and the two ratios."""
     for name in VARIANTS:
         print(f"{name:14} KL {report['kl'][name]:.3f}  perplexity {report['perplexity'][name]:.1f}")
     print(f"kl_ratio_to_ce {report['kl_ratio_to_ce']:.3f}  control_ratio {report['control_ratio']:.3f}")
-    if arguments.json:
-        print(json.dumps(report))
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -83,23 +77,17 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         DistillConfig,
         {
             "pack": {"sequence_tokens": arguments.sequence_tokens, "max_sequences": arguments.max_sequences},
-            "student": {
-                "hidden_size": arguments.hidden_size,
-                "num_layers": 4,
-                "num_heads": 4,
-                "intermediate_size": 3 * arguments.hidden_size,
-            },
+            "student": small_shape(arguments.hidden_size),
             "train": {
                 "num_steps": arguments.steps,
                 "batch_sequences": arguments.batch_sequences,
                 "micro_batch_sequences": arguments.batch_sequences,
-                "learning_rate": 2e-3,
+                "learning_rate": arguments.learning_rate,
+                "warmup_steps": 20,
             },
         },
     )
-    if not (work / "pack" / "pack.json").is_file():
-        make_pack(arguments.data, work / "pack", config)
-    pack = read_pack(work / "pack")
+    pack = kept_pack(arguments.data, work / "pack", config)
     teacher = create_teacher(config.teacher, config.store, config.client)
     assert isinstance(teacher, ForwardTeacher)
     header = store_header(pack, teacher.identity, config.store)
