@@ -152,6 +152,10 @@ class WatchedEngine:
         cls, engine_args: AsyncEngineArgs, config: MetisConfig, *, on_finish: FinishHook | None = None
     ) -> WatchedEngine:
         """Build an engine and watch it. Takes as long as loading the model does, and blocks."""
+        if current_platform.is_cpu():
+            # Else vLLM computes in a process of its own, and the one that schedules waits for it in a busy loop, which
+            # took a third of all CPU seconds of a run of GRPO.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         vllm_config = engine_args.create_engine_config()
         arena = prepare(vllm_config, config)
         try:
