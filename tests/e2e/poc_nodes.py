@@ -23,6 +23,7 @@ import yaml
 from sparkray.cluster.processes import end_marked, free_port, is_alive, marked, spawn
 from sparkray.cluster.session import Session, end_session, start_session
 from sparkray.config.cluster import ClusterConfig
+from tests.second_network import SecondNetwork, second_network
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 240.0
@@ -80,40 +81,12 @@ class Receiver:
         return [nonce for body in self.bodies("/generated") for nonce in body["nonces"]]
 
 
-@contextmanager
-def two_networks() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """A namespace beside this one: (address here, address there, how a command there begins)."""
-    pid = os.getpid()
-    name, near, far = f"spkp{pid}", f"spkc{pid}", f"spkd{pid}"
-    # A /30 of its own in the range that RFC 2544 keeps for tests.
-    here, there = (f"198.19.{pid >> 6 & 255}.{(pid & 63) * 4 + host}" for host in (1, 2))
-    commands = [
-        f"ip netns add {name}",
-        f"ip link add {near} type veth peer name {far} netns {name}",
-        f"ip addr add {here}/30 dev {near}",
-        f"ip link set {near} up",
-        f"ip -n {name} addr add {there}/30 dev {far}",
-        f"ip -n {name} link set {far} up",
-        f"ip -n {name} link set lo up",
-    ]
-    try:
-        for command in commands:
-            made = subprocess.run(command.split(), capture_output=True, text=True, timeout=20, check=False)
-            if made.returncode:
-                pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
-        yield here, there, ("ip", "netns", "exec", name)
-    finally:
-        # The pair goes with the namespace.
-        subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20, check=False)
-
-
 class TwoNodes:
     """The head here and a second node in the other namespace, which can be stopped and started."""
 
-    def __init__(self, session: Session, there: str, prefix: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, session: Session, network: SecondNetwork, folder: Path) -> None:
         self.session = session
-        self._there = there
-        self._prefix = prefix
+        self._network = network
         self._folder = folder
         self._mark = f"{session.mark}-b"
         self._num_starts = 0
@@ -122,12 +95,12 @@ class TwoNodes:
         self._num_starts += 1
         log_path = self._folder / f"second-{self._num_starts}.log"
         command = [
-            *self._prefix,
+            *self._network.prefix,
             str(Path(sys.executable).with_name("ray")),
             "start",
             "--block",
             f"--address={self.session.address}",
-            f"--node-ip-address={self._there}",
+            f"--node-ip-address={self._network.node_ip}",
             f"--num-cpus={CPUS_A_NODE}",
             "--object-store-memory=100000000",
         ]
@@ -164,19 +137,21 @@ class TwoNodes:
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[TwoNodes]:
     """The cluster, with nothing on it yet."""
-    with two_networks() as (here, there, prefix), pytest.MonkeyPatch.context() as patch:
+    with second_network() as network, pytest.MonkeyPatch.context() as patch:
+        if not network.prefix:
+            pytest.skip("no network namespace can be made here")
         patch.setenv("SPARKRAY_STATE", str(folder / "state"))
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         patch.setenv("OMP_NUM_THREADS", "1")
         config = ClusterConfig(
-            node_ip=here,
+            node_ip=network.head_ip,
             num_cpus=CPUS_A_NODE,
             object_store_gib=0.1,
             dashboard_port=free_port(),
             start_timeout_seconds=START_SECONDS,
         )
         session = start_session(config, name="poc")
-        nodes = TwoNodes(session, there, prefix, folder)
+        nodes = TwoNodes(session, network, folder)
         try:
             nodes.start_second()
             yield nodes

@@ -27,7 +27,7 @@ from sparkray.handoff.client import Peer
 from sparkray.handoff.coordinator import Coordinator, Outcome, Piece
 from sparkray.handoff.handing import Ask
 from sparkray.handoff.local_peers import LocalPeer
-from tests.ray.second_network import SecondNetwork, second_network
+from tests.second_network import SecondNetwork, second_network
 
 pytest.importorskip("mlx_lm")
 pytest.importorskip("llama_cpp")

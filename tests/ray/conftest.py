@@ -25,7 +25,7 @@ import pytest
 from sparkray.cluster.processes import free_port, marked, spawn
 from sparkray.cluster.session import Session, end_session, leftovers, start_session
 from sparkray.config.cluster import ClusterConfig
-from tests.ray.second_network import SecondNetwork, second_network
+from tests.second_network import SecondNetwork, second_network
 
 NUM_CPUS_PER_NODE = 8
 _START_SECONDS = 240.0

@@ -5,42 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_llama import draw_groups, tiny_llama
+from grpo_shared_step import CANARY, NUM_GROUPS, one_step, step_config
+from tiny_llama import tiny_llama
 
 from sparkray.cluster.processes import free_port
-from sparkray.config.grpo import GrpoConfig
-from sparkray.grpo.optimizer import create_optimizer
-from sparkray.grpo.policy import Policy, load_policy, shard
-from sparkray.grpo.ranks import OneRank, ProcessGroupRanks, Ranks
-from sparkray.grpo.step import StepReport, Trainee, train_step
-
-CANARY = tuple(range(3, 20))
-
-
-def run_config(method: str) -> GrpoConfig:
-    return GrpoConfig(
-        dataset="d",
-        output_dir="o",
-        method=method,
-        lora_rank=4,
-        num_generations=4,
-        max_completion_tokens=8,
-        micro_batch_tokens=32,
-        learning_rate=1e-2,
-        loss={"name": "dapo"},
-    )
-
-
-def one_step(policy: Policy, config: GrpoConfig, ranks: Ranks) -> StepReport:
-    groups = draw_groups(tiny_llama(4), 4, 4, seed=2)
-    rewards = np.random.default_rng(1).random((4, 4))
-    optimizer = create_optimizer(policy.parameters, config)
-    trainee = Trainee(policy.scorer, optimizer, policy.parameters, policy.device)
-    return train_step(trainee, groups, rewards, config, ranks)
+from sparkray.grpo.policy import load_policy, shard
+from sparkray.grpo.ranks import OneRank, ProcessGroupRanks
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +28,12 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_sharded_policy_makes_the_same_step(model_path: Path, method: str) -> None:
-    config = run_config(method)
+    config = step_config(method)
     plain = load_policy(model_path, config, torch.device("cpu"))
     sharded = shard(load_policy(model_path, config, torch.device("cpu")), num_ranks=1)
     before = {name: value.clone() for name, value in plain.changed_weights(torch.float32)}
-    expected = one_step(plain, config, OneRank()).to_dict()
-    found = one_step(sharded, config, ProcessGroupRanks(sharded=True)).to_dict()
+    expected = one_step(plain, range(NUM_GROUPS), config, OneRank()).to_dict()
+    found = one_step(sharded, range(NUM_GROUPS), config, ProcessGroupRanks(sharded=True)).to_dict()
     for name in ("loss", "num_completions", "num_tokens", "entropy_nats", "grad_norm", "gap_max"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
     weights = dict(sharded.changed_weights(torch.float32))

@@ -4,48 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_llama import draw_groups, tiny_llama
+from grpo_shared_step import CANARY, NUM_GROUPS, one_step, step_config
+from tiny_llama import tiny_llama
 
 from sparkray.cluster.processes import free_port
-from sparkray.config.grpo import GrpoConfig
-from sparkray.grpo.optimizer import create_optimizer
-from sparkray.grpo.policy import Policy, load_policy, shard
-from sparkray.grpo.ranks import OneRank, ProcessGroupRanks, Ranks
-from sparkray.grpo.step import StepReport, Trainee, train_step
+from sparkray.grpo.policy import load_policy, shard
+from sparkray.grpo.ranks import OneRank, ProcessGroupRanks
 
 # Two interpreters load torch and transformers for it.
 pytestmark = pytest.mark.slow
 
 # Uneven on purpose: the second rank runs out of micro-batches first.
 GROUPS_OF_RANK = ((0, 1, 2), (3,))
-CANARY = tuple(range(3, 20))
-
-
-def run_config(method: str) -> GrpoConfig:
-    return GrpoConfig(
-        dataset="d",
-        output_dir="o",
-        method=method,
-        lora_rank=4,
-        num_generations=4,
-        max_completion_tokens=8,
-        micro_batch_tokens=32,
-        learning_rate=1e-2,
-        loss={"name": "dapo"},
-    )
-
-
-def one_step(policy: Policy, numbers: tuple[int, ...], config: GrpoConfig, ranks: Ranks) -> StepReport:
-    groups = draw_groups(tiny_llama(4), 4, 4, seed=2)
-    rewards = np.random.default_rng(1).random((4, 4))
-    optimizer = create_optimizer(policy.parameters, config)
-    trainee = Trainee(policy.scorer, optimizer, policy.parameters, policy.device)
-    return train_step(trainee, [groups[n] for n in numbers], rewards[list(numbers)], config, ranks)
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
@@ -53,7 +27,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for method in ("lora", "full"):
         for sharded in (False, True):
-            config = run_config(method)
+            config = step_config(method)
             policy = load_policy(Path(folder) / "model", config, torch.device("cpu"))
             if sharded:
                 policy = shard(policy, num_ranks=2)
@@ -77,11 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", ["summed", "fsdp"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_ranks_are_one(folder: Path, method: str, way: str) -> None:
-    config = run_config(method)
+    config = step_config(method)
     policy = load_policy(folder / "model", config, torch.device("cpu"))
     before = dict(policy.changed_weights(torch.float32))
     before = {name: value.clone() for name, value in before.items()}
-    report = one_step(policy, (0, 1, 2, 3), config, OneRank()).to_dict()
+    report = one_step(policy, range(NUM_GROUPS), config, OneRank()).to_dict()
     found = torch.load(folder / f"{method}-{way}.pt")
     expected = dict(policy.changed_weights(torch.float32))
     assert found["weights"].keys() == expected.keys()

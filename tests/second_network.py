@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -21,15 +22,16 @@ class SecondNetwork:
 
 # Not 127.0.0.1, for which Ray would put the machine's own address.
 LOOPBACK = SecondNetwork("127.0.0.2", "127.0.0.3", (), ("lo", "lo"))
+_numbers = itertools.count()
 
 
 @contextmanager
 def second_network() -> Iterator[SecondNetwork]:
     """A namespace where this process may make one (as root), else two addresses of the loopback."""
-    pid = os.getpid()
-    name, near, far = f"spk{pid}", f"spka{pid}", f"spkb{pid}"
-    # A /30 of its own in the range that RFC 2544 keeps for tests, so that two runs do not meet.
-    head_ip, node_ip = (f"198.18.{pid >> 6 & 255}.{(pid & 63) * 4 + host}" for host in (1, 2))
+    pid, number = os.getpid(), next(_numbers)
+    name, near, far = (f"{prefix}{pid}x{number}" for prefix in ("spk", "spa", "spb"))
+    # A /30 of its own in the range that RFC 2544 keeps for tests, so that two do not meet.
+    head_ip, node_ip = (f"198.{18 + number % 2}.{pid >> 6 & 255}.{(pid & 63) * 4 + host}" for host in (1, 2))
     commands = [
         f"ip netns add {name}",
         f"ip link add {near} type veth peer name {far} netns {name}",
