@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import distributions
+from itertools import takewhile
 from typing import Any
 
 import psutil
@@ -142,10 +143,24 @@ def failure_of(app: Any) -> SparkrayError:
 
 
 def cause_of(text: str) -> str:
-    """The line of a traceback that says what happened: the last one that names an error."""
-    lines = [line.strip() for line in text.splitlines()]
-    named = [line for line in lines if "Error" in line.split(":")[0] and ":" in line and "RayTaskError" not in line]
-    return named[-1] if named else (lines[0] if lines else "no reason was reported.")
+    """The line of a traceback that says what happened: the last one that names an error.
+
+    Of settings that pydantic refused, the fields and reasons in the lines below it as well.
+    """
+    lines = text.splitlines()
+    named = [
+        number
+        for number, line in enumerate(lines)
+        if "Error" in line.split(":")[0] and ":" in line and "RayTaskError" not in line
+    ]
+    if not named:
+        return lines[0].strip() if lines else "no reason was reported."
+    cause = lines[named[-1]].strip().removeprefix("pydantic_core._pydantic_core.")
+    if " validation error" not in cause:
+        return cause
+    below = takewhile(lambda line: line.startswith(" "), lines[named[-1] + 1 :])
+    reasons = [line.strip().partition(" [type=")[0] for line in below if "For further information" not in line]
+    return f"{cause}: {'; '.join(reasons)}"
 
 
 def mend_of(text: str) -> str | None:

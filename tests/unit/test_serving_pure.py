@@ -141,3 +141,16 @@ ValueError: No available memory for the cache blocks.
 """
     assert cause_of(text) == "ValueError: No available memory for the cache blocks."
     assert cause_of("no stack here") == "no stack here"
+
+
+def test_the_cause_of_a_refused_setting_says_which_and_why() -> None:
+    text = """  File "dataclasses.py", line 121, in __init__
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, max_model_len (100000) is greater than 8192. [type=value_error, input_value=ArgsKwargs((), {'a': 1}), \
+input_type=ArgsKwargs]
+    For further information visit https://errors.pydantic.dev/2.14/v/value_error
+The deployment failed to start 1 times in a row.
+"""
+    assert cause_of(text) == (
+        "ValidationError: 1 validation error for ModelConfig: Value error, max_model_len (100000) is greater than 8192."
+    )
