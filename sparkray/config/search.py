@@ -96,8 +96,8 @@ class RecordConfig(Settings):
     tasks: tuple[str, ...] = Field(
         ("chain_sum", "products", "letter_counting", "gcd"), description="Names of tasks; none means all packaged ones."
     )
-    num_calibration: int = Field(60, ge=0, le=100, description="Questions a task in the calibration split.")
-    num_held_out: int = Field(60, ge=0, le=100, description="Questions a task in the held-out split.")
+    num_calibration: int = Field(100, ge=0, le=100, description="Questions a task in the calibration split.")
+    num_held_out: int = Field(100, ge=0, le=100, description="Questions a task in the held-out split.")
     num_paths: int = Field(32, ge=1, le=1024)
     temperature: float = Field(0.7, gt=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)

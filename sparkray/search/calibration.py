@@ -31,7 +31,7 @@ RISKS = (0.02, 0.03, 0.05, 0.1)
 _PRUNE_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _STOP_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _NUM_FOLDS = 4
-# Of the risk that is allowed, so much is used on all questions, on average: the rest is kept for new ones.
+# Of the risk that is allowed, stopping uses so much on all questions, on average: the rest is kept for new ones.
 _USED_PART = 0.1
 _MIN_QUESTIONS = 20
 # The moments of a question are much alike: there are fewer examples than it seems, and the features overlap.
@@ -53,7 +53,7 @@ class CalibrationOptions:
         seed: of the division and of the orders.
     """
 
-    fit_share: float = 0.5
+    fit_share: float = 0.65
     checkpoints: tuple[int, ...] = tuple(range(4, 129, 4))
     delta: float = 0.1
     wave: int = 4
@@ -77,7 +77,7 @@ def calibrate(
         )
     fitting, certifying = divide(questions, options.fit_share, options.seed)
     models = _fit(fitting, options)
-    # With the roles exchanged: only the mean loss at a stopping level is read from it, which half the questions
+    # With the roles exchanged: only the mean loss at a stopping level is read from it, which a part of the questions
     # would tell too roughly.
     exchanged = _fit(certifying, options)
     judged = [_judge(models.scorer, question, options) for question in certifying]
@@ -223,12 +223,17 @@ def _certify_stopping(certifying: _Replays, others: _Replays, risk: float, optio
     certified = learn_then_test(certifying.losses, _STOP_GRID, risk, options.delta)
     if certified is None:
         return None
+
+    def mean_loss(level: float) -> float:
+        return float(np.concatenate([certifying.losses(level), others.losses(level)]).mean())
+
     # All levels up to this one are certified. With few questions the bound lies far above the mean, and with many it
-    # lets the mean come close to `risk`: a search should not lose as much as it is allowed to.
+    # lets the mean come close to `risk`: a search should not lose as much as it is allowed to. What pruning and weights
+    # cost without any stopping is no reason to stop later.
+    unstopped = mean_loss(0.0)
     careful = None
     for level in _STOP_GRID:
-        mean = np.concatenate([certifying.losses(level), others.losses(level)]).mean()
-        if level > certified or mean > _USED_PART * risk:
+        if level > certified or mean_loss(level) - unstopped > _USED_PART * risk:
             break
         careful = level
     return careful

@@ -11,13 +11,21 @@ from search_paths import INFO, path, toy_questions
 
 from sparkray.errors import InputError, NotFoundError
 from sparkray.search.bounds import clopper_pearson
-from sparkray.search.calibration import CalibrationOptions, calibrate, divide, false_prune_losses
+from sparkray.search.calibration import (
+    CalibrationOptions,
+    _certify_stopping,
+    _Replays,
+    calibrate,
+    divide,
+    false_prune_losses,
+)
 from sparkray.search.evaluate import bootstrap_resamples, compare, figures_of, run_policy
 from sparkray.search.logistic import fit_logistic
 from sparkray.search.policies import AdaptiveConsistency, Full
 from sparkray.search.profile import SearchProfile, load_profile
 from sparkray.search.replay import shuffled_orders
 from sparkray.search.scorer import Example, fit_scorer
+from sparkray.search.trajectories import Moment, Trajectory
 
 OPTIONS = CalibrationOptions(checkpoints=(4, 8, 16), num_orders=2)
 
@@ -128,6 +136,28 @@ def test_signals_that_say_nothing_gain_nothing_over_random_pruning() -> None:
     ]
     cut = np.quantile([value for value, _ in told], 0.25)
     assert np.mean([correct for value, correct in told if value < cut]) < 0.15
+
+
+def test_what_pruning_costs_does_not_forbid_stopping() -> None:
+    def replays(estimate: float, leader_right: bool, last_right: bool) -> tuple[list[Trajectory], list[list[float]]]:
+        moment = Moment(np.zeros(1), leader_right)
+        return [Trajectory((moment,), last_right, full_right=True)], [[estimate]]
+
+    # Of 200 questions 2 are lost whenever the search stops: pruning took their right paths.
+    lost = [replays(0.3, False, False)] * 2
+    kept = [replays(0.3, True, True)] * 196
+    harmless = [*lost, *kept, *[replays(0.3, True, True)] * 2]
+    # Of these, 2 more are lost by stopping at estimates of 0.02: 1 % of the questions, and 0.5 % may be.
+    harmful = [*lost, *kept, *[replays(0.02, False, True)] * 2]
+
+    def level_of(found: list[tuple[list[Trajectory], list[list[float]]]]) -> float | None:
+        both = _Replays([runs for runs, _ in found], [estimates for _, estimates in found])
+        return _certify_stopping(both, both, 0.05, OPTIONS)
+
+    assert level_of(harmless) == pytest.approx(0.6)
+    level = level_of(harmful)
+    assert level is not None
+    assert 0.0175 < level <= 0.02
 
 
 def test_too_few_questions_certify_nothing() -> None:
