@@ -19,7 +19,7 @@ from sparkray.config.handoff import LinkConfig, TlsConfig, WireLimits
 from sparkray.errors import UnavailableError, UsageError, WaitTimeoutError
 from sparkray.handoff.errors import PeerRefusedError, ProtocolError, Reason
 from sparkray.handoff.messages import Abort, Message, decode_message, encode_message
-from sparkray.handoff.payload_pool import PayloadPool
+from sparkray.handoff.payload_pool import SHARED_POOL
 from sparkray.handoff.wire import (
     HEADER_BYTES,
     Buffer,
@@ -38,7 +38,6 @@ class Connection:
         self._socket = sock
         self._limits = limits
         self._header = bytearray(HEADER_BYTES)
-        self._payloads = PayloadPool()
         self.sent_bytes = 0
         sock.settimeout(link.stall_timeout_seconds)
         if sock.family != socket.AF_UNIX:
@@ -72,7 +71,7 @@ class Connection:
             self._socket.settimeout(timeout_seconds)
         self._receive_into(memoryview(self._header), at_boundary=True)
         header = parse_header(self._header, self._limits)
-        payload = self._payloads.take(header.payload_bytes)
+        payload = SHARED_POOL.take(header.payload_bytes)
         self._receive_into(memoryview(payload), at_boundary=False)
         return check_frame(header, payload)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from sparkray.handoff.payload_pool import PayloadPool
@@ -33,3 +35,16 @@ def test_what_is_kept_is_bounded() -> None:
     held = [pool.take(SIZE + number) for number in range(100)]
     assert len(held) == 100 and sum(map(len, pool._buffers)) <= 64 << 20
     assert len(pool.take(100 << 20)) == 100 << 20 and sum(map(len, pool._buffers)) <= 64 << 20
+
+
+def test_threads_never_share_a_buffer() -> None:
+    pool = PayloadPool()
+
+    def held() -> list[int]:
+        kept = [pool.take(1 << 16) for _ in range(50)]
+        for number, buffer in enumerate(kept):
+            buffer[:2] = number.to_bytes(2, "big")
+        return [int.from_bytes(buffer[:2], "big") for buffer in kept]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda _: held(), range(40))) == [list(range(50))] * 40
