@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from distill_common import kept_pack, report_of, small_shape
 from torch import Tensor
+from torch.multiprocessing import get_context
 
 from sparkray.config.base import validate_settings
 from sparkray.config.distill import DistillConfig
-from sparkray.distill.data.pack import Pack
+from sparkray.distill.data.pack import Pack, read_pack
 from sparkray.distill.scores import TokenScores
 from sparkray.distill.store.capture import capture_store, sequence_scorer, store_header
 from sparkray.distill.store.reader import LogitStore
@@ -52,14 +53,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Print one line a run and the summary; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch-sequences", type=int, default=4)
     parser.add_argument("--sequence-tokens", type=int, default=128)
     parser.add_argument("--max-sequences", type=int, default=800)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--validation-sequences", type=int, default=16)
+    parser.add_argument("--validation-sequences", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="Students that learn at the same time.")
     parser.add_argument("--data", default="python-docs")
     report_of(parser, measure, show_report)
 
@@ -96,9 +98,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     held_out = {number: teacher.logits(pack.validation.tokens(number)).half() for number in numbers}
     teacher.close()
     results: dict[str, list[Evaluation]] = {name: [] for name in VARIANTS}
-    for seed in range(arguments.seeds):
-        for name in VARIANTS:
-            found = run_variant(name, seed, config, pack, LogitStore(work / "store", pack), held_out)
+    runs = [(name, seed) for seed in range(arguments.seeds) for name in VARIANTS]
+    # Two processes of a thread each wait for nobody; two threads of one process wait for each other at every operation.
+    with get_context("spawn").Pool(arguments.processes) as pool:
+        evaluations = pool.imap(partial(run_variant, config=config, work=work, held_out=held_out), runs)
+        for (name, seed), found in zip(runs, evaluations, strict=True):
             results[name].append(found)
             print(f"seed {seed}  {name:14} KL {found.kl_to_teacher:.3f}  perplexity {found.perplexity:.1f}", flush=True)
     kl = {name: statistics.fmean(run.kl_to_teacher or 0.0 for run in runs) for name, runs in results.items()}
@@ -120,10 +124,12 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
 
 
-def run_variant(
-    name: str, seed: int, config: DistillConfig, pack: Pack, store: LogitStore, held_out: dict[int, Tensor]
-) -> Evaluation:
-    """Train one student and evaluate it."""
+def run_variant(run: tuple[str, int], config: DistillConfig, work: Path, held_out: dict[int, Tensor]) -> Evaluation:
+    """Train the student of a variant and a seed, on one thread, and evaluate it."""
+    torch.set_num_threads(1)
+    name, seed = run
+    pack = read_pack(work / "pack")
+    store = LogitStore(work / "store", pack)
     train = config.train.model_copy(update={"seed": seed})
     student = create_causal_student(
         config.student, vocab_size=pack.header.vocab_size, max_tokens=pack.header.sequence_tokens, seed=seed
