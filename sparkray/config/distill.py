@@ -229,8 +229,14 @@ class LatentConfig(Settings):
     num_samples: int = Field(8, ge=2, le=256, description="Samples of the model in the energy loss.")
     num_targets: int = Field(32, ge=1, le=1024, description="Samples of the autoencoder's posterior in it.")
     exponent: float = Field(1.0, gt=0, lt=2, description="Power of the distance; below 2 the score is strictly proper.")
+    token_choice: Literal["likeliest", "drawn"] = Field(
+        "likeliest", description="What a drawn vector becomes: its likeliest decoding, or one drawn from its decodings."
+    )
     latent_weight: float = Field(1.0, ge=0, description="Weight of the energy loss.")
     ce_weight: float = Field(0.0, ge=0, description="Weight of the cross entropy of decoded samples.")
+    ce_chunks: int = Field(
+        128, ge=1, description="Chunks of a forward pass, drawn anew each time, that stand for all in it."
+    )
     kd_weight: float = Field(
         0.0, ge=0, description="Weight of the divergence to the teacher, on first tokens of chunks."
     )

@@ -19,7 +19,7 @@ from sparkray.distill.scores import TokenScores
 from sparkray.distill.students.autoencoder import ChunkAutoencoder, Posterior
 from sparkray.distill.students.brier import brier_lm, brier_scores
 from sparkray.distill.students.energy import energy_loss
-from sparkray.distill.students.latent import LatentStudent, choose_chunk
+from sparkray.distill.students.latent import LatentStudent, choose_chunk, draw_tokens
 from sparkray.distill.targets import scores_from_logits
 from sparkray.distill.training.autoencoder import (
     aligned_chunks,
@@ -220,6 +220,41 @@ def test_the_teachers_part_is_the_first_token_of_each_later_chunk(autoencoder: C
             p = teacher_NV[chunk * CHUNK - 1].softmax(-1).double()
             expected += (p * (p.log() - mean_NV[sequence, chunk].double().log())).sum().item()
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_some_chunks_stand_for_all_in_the_cross_entropy(autoencoder: ChunkAutoencoder) -> None:
+    model = student(autoencoder)
+    # Without noise a sample hangs on the text alone.
+    model.noise.weight.data.zero_()
+    data = sequences(NOISE[:2])
+
+    def on_data(num_chunks: int) -> float:
+        shape = SHAPE.model_copy(update={"latent_weight": 0.0, "ce_weight": 1.0, "ce_chunks": num_chunks})
+        return LatentObjective(shape, LossConfig(), CHUNK).losses(model, data, [0, 1], None, CPU).total.item()
+
+    ids_BCK = torch.from_numpy(NOISE[:2].astype(np.int64)).reshape(2, 8, CHUNK)
+    logits_BCKV = model.autoencoder.decode(model.sample(model(ids_BCK)[:, :-1], 2)[0])
+    by_hand = -logits_BCKV.log_softmax(-1).gather(-1, ids_BCK[..., None]).sum().item()
+    assert on_data(16) == pytest.approx(by_hand, rel=1e-5)
+    torch.manual_seed(3)
+    parts = [on_data(4) for _ in range(150)]
+    assert np.std(parts) > 0.01 * by_hand
+    assert np.mean(parts) == pytest.approx(by_hand, rel=4 * np.std(parts) / by_hand / 150**0.5)
+
+
+def test_tokens_are_drawn_as_often_as_the_decoder_says(autoencoder: ChunkAutoencoder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().expand(6000, 4)
+    shares = draw_tokens(logits, generator).bincount(minlength=4) / 6000
+    assert shares[1] == 0
+    assert shares.tolist() == pytest.approx([0.5, 0.0, 0.3, 0.2], abs=0.02)
+    model = student(autoencoder).eval()
+    model.config = SHAPE.model_copy(update={"token_choice": "drawn"})
+    hidden_1H = torch.zeros(1, SHAPE.hidden_size)
+    first_S = model.sample_chunks(hidden_1H, 6000, generator)[:, 0, 0]
+    # The chance of a token is the mean of its probabilities over the vectors.
+    expected_V = model.autoencoder.decode(model.sample(hidden_1H, 6000, generator))[:, 0, 0].softmax(-1).mean(0)
+    assert (first_S.bincount(minlength=VOCAB_SIZE) / 6000).tolist() == pytest.approx(expected_V.tolist(), abs=0.03)
 
 
 def test_energy_by_hand_and_its_gradient_at_equal_samples() -> None:

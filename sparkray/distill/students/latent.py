@@ -43,6 +43,8 @@ class LatentStudent(nn.Module):
         vocab_size = autoencoder.embedding.num_embeddings
         width = config.hidden_size
         self.embedding = nn.Embedding(vocab_size, width)
+        # Small, so that a token that was never learnt says little, and not something random.
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.squeeze = nn.Sequential(nn.Linear(chunk * width, width), Block(width))
         self.start = nn.Parameter(torch.zeros(width))
         self.backbone = LlamaModel(
@@ -76,8 +78,13 @@ class LatentStudent(nn.Module):
 
     @torch.no_grad()
     def sample_chunks(self, hidden: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens of drawn chunks, (S, ..., K): the likeliest decoding of each drawn vector."""
-        return self.autoencoder.decode(self.sample(hidden, num_samples, generator)).argmax(-1)
+        """Tokens of drawn chunks, (S, ..., K), by `token_choice`.
+
+        A student that learnt with the cross entropy writes vectors between the codes, whose decodings are uncertain and
+        meant so; it draws from them. One that learnt the energy score alone writes codes, and takes the likeliest.
+        """
+        logits = self.autoencoder.decode(self.sample(hidden, num_samples, generator))
+        return logits.argmax(-1) if self.config.token_choice == "likeliest" else draw_tokens(logits, generator)
 
     @torch.no_grad()
     def generate(
@@ -112,6 +119,14 @@ class LatentStudent(nn.Module):
                 return written + list(chosen[: chosen.index(end_id)])
             written.extend(chosen)
         return written
+
+
+def draw_tokens(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token from each row of logits (..., V), as an inverse of the cumulated probabilities."""
+    cumulated = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    places = torch.rand((*logits.shape[:-1], 1), dtype=torch.float64, generator=generator).to(logits.device)
+    drawn = torch.searchsorted(cumulated, places * cumulated[..., -1:], right=True)[..., 0]
+    return drawn.clamp_max(logits.shape[-1] - 1)
 
 
 def choose_chunk(
