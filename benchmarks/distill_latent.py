@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from distill_common import kept_pack, report_of, small_shape
+from torch.multiprocessing import get_context
 
 from sparkray.config.base import validate_settings
 from sparkray.config.distill import DistillConfig
-from sparkray.distill.data.pack import Pack, Sequences
+from sparkray.distill.data.pack import Pack, Sequences, read_pack
 from sparkray.distill.generate import write_latent
 from sparkray.distill.run import student_tokenizer
-from sparkray.distill.students.autoencoder import ChunkAutoencoder
 from sparkray.distill.students.latent import LatentStudent
 from sparkray.distill.training.autoencoder import aligned_chunks, load_autoencoder, save_autoencoder, train_autoencoder
 from sparkray.distill.training.latent_evaluate import LatentEvaluation, evaluate_latent
@@ -34,14 +36,28 @@ CPU = torch.device("cpu")
 PROMPTS = ("The following example", "If the argument is", "This function returns")
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """A trained student: its evaluations in order, its size, and what it writes after some prompts."""
+
+    looks: tuple[LatentEvaluation, ...]
+    num_parameters: int
+    samples: dict[str, str]
+
+
 def main() -> None:
     """Print the numbers; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--validation-sequences", type=int, default=16)
-    parser.add_argument("--looks", type=int, default=3, help="Evaluations, the last one after the last step.")
+    parser.add_argument("--batch-sequences", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--ce-weight", type=float, default=1.0)
+    parser.add_argument("--latent-weight", type=float, default=0.1)
+    parser.add_argument("--validation-sequences", type=int, default=24)
+    parser.add_argument("--draws", type=int, default=8, help="Pairs of draws for each held-out chunk.")
+    parser.add_argument("--looks", type=int, default=2, help="Evaluations, the last one after the last step.")
     report_of(parser, measure, show_report)
 
 
@@ -58,8 +74,19 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         {
             "pack": {"sequence_tokens": 128},
             "autoencoder": {"num_steps": arguments.autoencoder_steps},
-            "latent": small_shape(arguments.hidden_size),
-            "train": {"num_steps": arguments.steps, "batch_sequences": 16, "micro_batch_sequences": 16},
+            "latent": {
+                **small_shape(arguments.hidden_size),
+                "ce_weight": arguments.ce_weight,
+                "latent_weight": arguments.latent_weight,
+                "token_choice": "drawn" if arguments.ce_weight else "likeliest",
+            },
+            "train": {
+                "num_steps": arguments.steps,
+                "batch_sequences": arguments.batch_sequences,
+                "micro_batch_sequences": arguments.batch_sequences,
+                "learning_rate": arguments.learning_rate,
+                "warmup_steps": 20,
+            },
         },
     )
     pack = kept_pack("python-docs", work / "pack", config)
@@ -73,56 +100,60 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         made = train_autoencoder(pack, config.autoencoder, CPU, show)
         save_autoencoder(made, work / "autoencoder", pack.header.tokenizer_sha256)
     autoencoder = load_autoencoder(work / "autoencoder", pack.header.tokenizer_sha256)
-    numbers = range(min(arguments.validation_sequences, len(pack.validation)))
-    student, looks = learn(config, pack, pack, autoencoder, list(numbers), arguments.looks)
-    control = learn(config, shuffled(pack), pack, autoencoder, list(numbers), 1)[1][-1]
-    tokenizer, end_id = student_tokenizer(config), pack.header.end_id
     held_out = aligned_chunks(pack.validation, config.autoencoder.chunk_tokens)
+    # Two processes of a thread each wait for nobody; two threads of one process wait for each other at every operation.
+    with get_context("spawn").Pool(2) as pool:
+        student, control = pool.map(partial(learn, config=config, work=work, arguments=arguments), (False, True))
     return {
         "validation_exact_match": autoencoder.exact_match(held_out),
         "num_validation_chunks": len(held_out),
-        "brier_lm": [look.brier_lm for look in looks],
-        "brier": [list(look.brier) for look in looks],
-        "brier_lm_of_control": control.brier_lm,
-        "brier_of_control": list(control.brier),
-        "num_chunks_drawn_for": looks[-1].num_chunks,
+        "brier_lm": [look.brier_lm for look in student.looks],
+        "brier": [list(look.brier) for look in student.looks],
+        "brier_lm_of_control": [look.brier_lm for look in control.looks],
+        "brier_of_control": [list(look.brier) for look in control.looks],
+        "num_chunks_drawn_for": student.looks[-1].num_chunks,
+        "num_draws": arguments.draws,
         "num_steps": arguments.steps,
+        "num_tokens": arguments.steps * arguments.batch_sequences * config.pack.sequence_tokens,
+        "ce_weight": arguments.ce_weight,
+        "latent_weight": arguments.latent_weight,
         "num_autoencoder_steps": autoencoder.config.num_steps,
-        "num_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-        "samples": {
-            prompt: tokenizer.decode(
-                write_latent(student, tokenizer.encode(prompt, add_special_tokens=False).ids, 32, 0.25, end_id, seed=0)
-            )
-            for prompt in PROMPTS
-        },
+        "num_parameters": student.num_parameters,
+        "samples": student.samples,
     }
 
 
-def learn(
-    config: DistillConfig,
-    learnt: Pack,
-    measured: Pack,
-    autoencoder: ChunkAutoencoder,
-    numbers: list[int],
-    num_looks: int,
-) -> tuple[LatentStudent, list[LatentEvaluation]]:
-    """Train a student on one pack; what it is worth on another's held-out part before, on the way and after."""
+def learn(is_control: bool, config: DistillConfig, work: Path, arguments: argparse.Namespace) -> Learnt:
+    """Train a student on the text, or on its chunks in another order; what it is worth before, on the way and after."""
+    torch.set_num_threads(1)
     torch.manual_seed(config.train.seed)
+    pack = read_pack(work / "pack")
+    autoencoder = load_autoencoder(work / "autoencoder", pack.header.tokenizer_sha256)
     chunk = autoencoder.config.chunk_tokens
     student = LatentStudent(config.latent, autoencoder, config.pack.sequence_tokens // chunk)
-    trainer = Trainer(student, learnt, DataOnly(), LatentObjective(config.latent, config.loss, chunk), config.train, {})
+    objective = LatentObjective(config.latent, config.loss, chunk)
+    trainer = Trainer(student, shuffled(pack) if is_control else pack, DataOnly(), objective, config.train, {})
+    numbers = range(min(arguments.validation_sequences, len(pack.validation)))
+    looks: list[LatentEvaluation] = []
 
-    def look() -> LatentEvaluation:
-        found = evaluate_latent(student, measured.validation, numbers, 4, config.train.seed)
-        print(f"step {trainer.step}  BrierLM {found.brier_lm:.3f}  {found.brier}", flush=True)
-        return found
+    def look() -> None:
+        found = evaluate_latent(student, pack.validation, numbers, arguments.draws, config.train.seed)
+        looks.append(found)
+        name = "control" if is_control else "student"
+        print(f"{name}  step {trainer.step}  BrierLM {found.brier_lm:.3f}  {found.brier}", flush=True)
 
-    looks = [look()]
+    look()
     for step in range(config.train.num_steps):
         trainer.run_step()
-        if (step + 1) * num_looks // config.train.num_steps > step * num_looks // config.train.num_steps:
-            looks.append(look())
-    return student, looks
+        if (step + 1) * arguments.looks // arguments.steps > step * arguments.looks // arguments.steps:
+            look()
+    tokenizer = student_tokenizer(config)
+    samples = {}
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        samples[prompt] = tokenizer.decode(write_latent(student, ids, 32, 0.25, pack.header.end_id, seed=0))
+    num_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return Learnt(tuple(looks), num_parameters, samples)
 
 
 def shuffled(pack: Pack) -> Pack:
