@@ -86,7 +86,7 @@ class Answer:
         self.status = status
 
     def confirm(self, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> None:
-        """Tell the prefill side's likeliest first tokens; none of them: it ended without reading the prompt."""
+        """Tell the prefill side's likeliest first tokens; none of them: it has ended."""
         self._connection.send(Confirm(self._request.request, token_ids, logprobs))
 
     def tokens(self, timeout_seconds: float) -> Iterator[Tokens]:

@@ -22,6 +22,10 @@ from sparkray.handoff.fingerprint import ModelIdentity
 from sparkray.handoff.messages import Done, Generate, Tokens
 
 _logger = logging.getLogger(__name__)
+# Of the longest silence: a peer whose rows stay away must have the rest to compute them before it is given up.
+_ROWS_SHARE = 0.5
+# Between two looks at whether the prefill side still lives.
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ async def answer(
     request = Generate(
         name, peer.ticket(name, ask.prompt), ask.prompt, ask.max_tokens, ask.resume,
         "local" if prefiller is None else "handoff", ask.conversation, ask.temperature, ask.top_p, ask.seed,
-        ask.timeout_seconds, prefiller is not None and purpose == "serve", ask.stop_ids,
+        ask.timeout_seconds * _ROWS_SHARE, prefiller is not None and purpose == "serve", ask.stop_ids,
         "canary" if purpose == "canary" else "serve",
     )  # fmt: skip
     # A thread of its own for each answer: it waits most of its life, and a shared pool would run out of threads.
@@ -189,15 +193,26 @@ async def collect(stream: AsyncIterator[Tokens], told: Told, on_token: Callable[
 
 
 async def _feed(prefiller: Prefiller, ask: Ask, order: PrefillOrder, opened: Answer, told: Told) -> None:
-    """Have the prompt read, then tell the peer what comes next; a prefill that fails leaves the peer to itself."""
+    """Have the prompt read and tell the peer what comes next.
+
+    A prefill side that ends before the answer begins is told too, be it while it reads or while its rows still leave:
+    the peer computes what it lacks.
+    """
     first = FirstToken((), ())
     try:
         first = await prefiller.prefill(list(ask.prompt), order, ask.timeout_seconds)
         told.prefill_ended_at = time.time()
     except (SparkrayError, TimeoutError) as failure:
         _logger.warning("a prefill failed; the decode side computes its rows: %s", failure)
-    if order.purpose == "serve":
-        try:
-            await asyncio.to_thread(opened.confirm, first.token_ids, first.logprobs)
-        except OSError:
-            _logger.info("the decode side was gone before its first token could be confirmed")
+    if order.purpose != "serve":
+        return
+    try:
+        await asyncio.to_thread(opened.confirm, first.token_ids, first.logprobs)
+        while first.token_ids and not told.tokens and told.done is None:
+            if not prefiller.is_alive:
+                _logger.warning("the prefill side ended before its rows had left; the decode side computes the others")
+                await asyncio.to_thread(opened.confirm, (), ())
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+    except OSError:
+        _logger.info("the decode side was gone before its first token could be confirmed")

@@ -183,7 +183,7 @@ class Status:
 class Confirm:
     """The prefill side's likeliest first tokens with their natural log probabilities, likeliest first.
 
-    None of them: it ended without reading the prompt, and no further connection of it will come.
+    None of them: it has ended, and no further connection of it will come; said at once or after the tokens.
     """
 
     request: str

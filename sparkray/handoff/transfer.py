@@ -41,7 +41,7 @@ class Transfer:
         self._is_complete = False
         self._is_closed = False
         self._is_connected = False
-        self._confirmed_at = 0.0
+        self._sender_ended_at: float | None = None
 
     @property
     def received_bytes(self) -> int:
@@ -104,10 +104,12 @@ class Transfer:
             self._changed.notify_all()
 
     def put_confirm(self, confirm: Confirm) -> None:
-        """The prefill side's first token has come, or the word that there is none."""
+        """The prefill side's first token has come, or the word that it has ended; a token told before stays."""
         with self._changed:
-            self.confirm = confirm
-            self._confirmed_at = time.monotonic()
+            if confirm.token_ids or self.confirm is None:
+                self.confirm = confirm
+            if not confirm.token_ids:
+                self._sender_ended_at = time.monotonic()
             self._changed.notify_all()
 
     def wait_for_rows(self, timeout_seconds: float, listen: Callable[[float], None]) -> bool:
@@ -138,10 +140,10 @@ class Transfer:
 
     @property
     def _is_lost(self) -> bool:
-        if self.confirm is None or self.confirm.token_ids or self._is_connected:
+        if self._sender_ended_at is None or self._is_connected:
             return False
         # The word comes on a connection of its own and may overtake the rows that were sent before it.
-        return self.assembly is not None or time.monotonic() > self._confirmed_at + _ARRIVAL_SECONDS
+        return self.assembly is not None or time.monotonic() > self._sender_ended_at + _ARRIVAL_SECONDS
 
     def wait_for_confirm(self, timeout_seconds: float, listen: Callable[[float], None]) -> Confirm | None:
         """Wait for the prefill side's first token."""

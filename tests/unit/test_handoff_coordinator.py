@@ -171,6 +171,32 @@ async def test_a_prefill_process_that_is_gone_is_not_waited_for(two: Peers, at: 
     assert outcome.decision is not None and outcome.decision.route == "decode_node"
 
 
+class DyingSender(ToyPrefiller):
+    """It has read the prompt, and its process goes while the rows are still leaving."""
+
+    async def prefill(self, prompt: list[int], order: PrefillOrder, timeout_seconds: float) -> FirstToken:
+        first = await super().prefill(prompt, order, timeout_seconds)
+        asyncio.get_running_loop().call_later(0.3, setattr, self, "is_alive", False)
+        return first
+
+
+@pytest.mark.parametrize("at", [0, 4])
+async def test_a_prefill_process_that_goes_after_reading_is_not_waited_for(two: Peers, at: int) -> None:
+    def die(index: int) -> None:
+        if index >= at:
+            raise UnavailableError("killed")
+
+    made = coordinator(two, DyingSender(before=die))
+    for state in made._peers:
+        await pair(state.peer, ToyPrefiller())
+        state.is_paired = True
+    async with asyncio.timeout(30):
+        tokens, outcome = await run(made, Ask(PROMPT, NUM_TOKENS, timeout_seconds=600))
+    assert tokens == monolithic(list(PROMPT), NUM_TOKENS)
+    assert outcome.verdict == ("partial" if at >= 3 else "local") and outcome.reason == Reason.PREFILL_LOST
+    assert outcome.rows_received == 5 * (at // 3)
+
+
 async def test_where_all_peers_are_gone_the_prefill_side_goes_on(secret_file: str) -> None:
     peers = Peers(secret_file, 2, step_seconds=0.03)
 
