@@ -101,6 +101,8 @@ class TwoNodes:
             "--block",
             f"--address={self.session.address}",
             f"--node-ip-address={self._network.node_ip}",
+            # Under the head's own folder each node would delete working directories that jobs of the other are in.
+            f"--temp-dir={self.session.temp_dir}/b",
             f"--num-cpus={CPUS_A_NODE}",
             "--object-store-memory=100000000",
         ]

@@ -133,6 +133,8 @@ def _start_second_node(session: Session, network: SecondNetwork) -> None:
         "--block",
         f"--address={session.address}",
         f"--node-ip-address={network.node_ip}",
+        # Under the head's own folder each node would delete working directories that jobs of the other are in.
+        f"--temp-dir={session.temp_dir}/b",
         f"--num-cpus={NUM_CPUS_PER_NODE}",
         "--object-store-memory=200000000",
         f"--dashboard-agent-listen-port={free_port()}",
