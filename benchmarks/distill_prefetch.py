@@ -46,7 +46,7 @@ from sparkray.distill.training.supervision import FromClient
 from sparkray.distill.training.trainer import Trainer
 from sparkray.models import prepare_model
 
-TOP_LOGPROBS, REDUCED = 20, 10
+TOP_LOGPROBS, REDUCED, SUCCESSES = 20, 10, 10
 
 
 class Relay:
@@ -266,22 +266,29 @@ def timed_read(cache: ScoreCache, key: bytes) -> float:
 def judge_widths(events: list[tuple[str, int]], max_in_flight: int) -> tuple[int, int]:
     """Requests of the wrong width, and returns to 20, in the order in which the relay saw requests and its answers.
 
-    The client's policy is followed from outside, so what the relay sees is late by what is under way: after a 429, and
-    after the tenth answer, as many requests as fit beside it in flight may have been written before the client read it.
+    The client's policy is followed from outside, so what the relay sees differs by what is under way. After a 429, and
+    after the tenth answer, as many requests as fit beside it in flight may have been written before the client read it;
+    and answers that left just before the 429 may be read after it, so the return to 20 may come as many answers early.
     """
+    beside = max_in_flight - 1
     reduced, successes, excused = False, 0, 0
     num_wrong = num_recoveries = 0
     for kind, value in events:
         if kind == "answered" and value == 429:
-            reduced, successes, excused = True, 0, max_in_flight - 1
-        elif kind == "answered":
+            reduced, successes, excused = True, 0, beside
+            continue
+        if kind == "answered":
             successes += 1
-            if reduced and successes == 10:
-                reduced, excused = False, max_in_flight - 1
-                num_recoveries += 1
         else:
-            num_wrong += value != (REDUCED if reduced else TOP_LOGPROBS) and not excused
+            early = reduced and not excused and value == TOP_LOGPROBS and successes >= SUCCESSES - beside
+            if early:
+                successes = SUCCESSES
+            else:
+                num_wrong += value != (REDUCED if reduced else TOP_LOGPROBS) and not excused
             excused = max(0, excused - 1)
+        if reduced and successes >= SUCCESSES:
+            reduced, excused = False, beside
+            num_recoveries += 1
     return num_wrong, num_recoveries
 
 
