@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.deployment import Application
 
@@ -21,18 +22,8 @@ from sparkray.handoff.plan import ethernet, shape_of_identity
 from sparkray.handoff.text import TextCodec
 
 
-async def facade(scope: Any, receive: Any, send: Any) -> None:
-    """Hand requests to the application that the replica made: it needs the engine, which lives there alone."""
-    if scope["type"] == "lifespan":
-        while (message := await receive())["type"] != "lifespan.shutdown":
-            await send({"type": message["type"] + ".complete"})
-        await send({"type": "lifespan.shutdown.complete"})
-        return
-    await serve.get_replica_context().servable_object.http(scope, receive, send)
-
-
 @serve.deployment
-@serve.ingress(facade)
+@serve.ingress()
 class HandoffDeployment:
     """Routes of `http_api` over this replica's engine."""
 
@@ -56,7 +47,10 @@ class HandoffDeployment:
             max_requests=config.max_requests,
             force=config.force_route,
         )
-        self.http = create_http_app(coordinator, TextCodec.load(config.prefill.model), config.model_id)
+        self._http = create_http_app(coordinator, TextCodec.load(config.prefill.model), config.model_id)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._http
 
     def __del__(self) -> None:
         self._prefiller.close()
