@@ -318,7 +318,14 @@ def test_a_start_that_cannot_work_is_refused_before_anything_runs(
 
 def test_ctrl_c_while_starting_leaves_nothing(state: Path) -> None:
     command = [SPARKRAY, "serve", "up", "--name", "stopped", "--port", str(free_port()), *SMALL]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts() -> None:
+        # Tests that a shell started in the background ignore them, and what they start would too.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         record = state / "sessions" / "stopped.json"
         wait_for(lambda: record.exists() and find_session("stopped").pid > 0, "a head process is recorded")
         mark = find_session("stopped").mark
