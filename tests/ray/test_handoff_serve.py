@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -48,7 +49,7 @@ def url(cluster: RayCluster, ray_connection: None, tmp_path_factory: pytest.Temp
 
 def test_a_conversation_is_handed_off_and_goes_on(url: str) -> None:
     with httpx.Client(base_url=url, timeout=280) as http:
-        body = {
+        body: dict[str, Any] = {
             "messages": [{"role": "user", "content": STORY}], "max_tokens": 24, "temperature": 0, "conversation": "one",
         }  # fmt: skip
         first = http.post("/v1/chat/completions", json=body)
@@ -67,7 +68,7 @@ def test_a_conversation_is_handed_off_and_goes_on(url: str) -> None:
 
         body["messages"] = [
             *body["messages"], {"role": "assistant", "content": said}, {"role": "user", "content": "And the wind?"}
-        ]  # type: ignore[misc]  # fmt: skip
+        ]  # fmt: skip
         second = http.post("/v1/chat/completions", json=body).json()["sparkray_handoff"]
         assert second["verdict"] == "full" and second["rows_cached"] > 20
         assert second["rows_received"] < second["rows_cached"]
