@@ -91,7 +91,7 @@ def idle(live: LiveEngine) -> None:
 def test_a_pruned_path_writes_nothing_more_and_its_blocks_are_free(engine: LiveEngine) -> None:
     idle(engine)
     steps_before = len(engine.steps.step_tokens)
-    search = search_of(engine, PruneAt(6, count=4), ESSAY, num_paths=4, max_tokens=120)
+    search = search_of(engine, PruneAt(6, count=4), ESSAY, num_paths=4, max_tokens=200)
     events = all_events(engine, search)
     last = len(engine.steps.step_tokens)
     idle(engine)
@@ -106,10 +106,11 @@ def test_a_pruned_path_writes_nothing_more_and_its_blocks_are_free(engine: LiveE
         assert entry.finish_reason == "abort"
         order = [event for event in events if isinstance(event, PruneEvent | TokensEvent) and event.path == index]
         assert isinstance(order[-1], PruneEvent)
-    # The engine computed the prompts, the tokens that were delivered, and a step or two that were under way.
+    # The engine computed the prompts, the tokens that were delivered, and the steps that it made until it heard: two
+    # or three where nothing else runs, many where its loop waits for a core, and never most of what was asked for.
     computed = sum(engine.steps.step_tokens[steps_before:last])
-    delivered = sum(pruned.values())
-    assert computed <= 4 * len(prompt_ids(SearchConfig(), ESSAY, engine.engine.get_tokenizer())) + delivered + 3 * 4
+    prompts = 4 * len(prompt_ids(SearchConfig(), ESSAY, engine.engine.get_tokenizer()))
+    assert computed < prompts + sum(pruned.values()) + 4 * 200 / 2
     # After the step of the request that `idle` sent, nobody holds a block.
     assert engine.steps.kv_cache_usage[-1] == 0.0
     assert engine.engine.num_active_traces == 0
