@@ -1,7 +1,7 @@
 """What the latent pair reaches on real text: `python benchmarks/distill_latent.py --json`.
 
 An autoencoder over chunks of four tokens of the embedded model's tokenizer, then a latent student over it, both on
-Python's documentation. Measured on held-out documents: the share of chunks that come back whole, and BrierLM before
+the sources of Python's standard library. Measured on held-out documents: the share of chunks that come back whole, and BrierLM before
 training, on the way and after it. The control learns the same chunks in an order without meaning, so that the rest of a
 text says nothing about a chunk but how frequent it is. `samples` are continuations at temperature 1/4.
 """
@@ -33,7 +33,7 @@ from sparkray.distill.training.supervision import DataOnly
 from sparkray.distill.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-PROMPTS = ("The following example", "If the argument is", "This function returns")
+PROMPTS = ("    def __init__(self", "import os\n", "        if not isinstance(")
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,17 @@ class Learnt:
 def main() -> None:
     """Print the numbers; the last line is one JSON object under `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--autoencoder-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--autoencoder-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--batch-sequences", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--ce-weight", type=float, default=1.0)
     parser.add_argument("--latent-weight", type=float, default=0.1)
-    parser.add_argument("--validation-sequences", type=int, default=24)
+    parser.add_argument("--targets", type=int, default=16, help="Samples of the posterior in the energy score.")
+    parser.add_argument("--validation-sequences", type=int, default=64)
     parser.add_argument("--draws", type=int, default=8, help="Pairs of draws for each held-out chunk.")
-    parser.add_argument("--looks", type=int, default=2, help="Evaluations, the last one after the last step.")
+    parser.add_argument("--looks", type=int, default=3, help="Evaluations, the last one after the last step.")
     report_of(parser, measure, show_report)
 
 
@@ -79,6 +80,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                 "ce_weight": arguments.ce_weight,
                 "latent_weight": arguments.latent_weight,
                 "token_choice": "drawn" if arguments.ce_weight else "likeliest",
+                "num_targets": arguments.targets,
             },
             "train": {
                 "num_steps": arguments.steps,
@@ -89,7 +91,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             },
         },
     )
-    pack = kept_pack("python-docs", work / "pack", config)
+    pack = kept_pack("python-stdlib", work / "pack", config)
     if not (work / "autoencoder" / "autoencoder.json").is_file():
         begun = time.monotonic()
 
@@ -130,10 +132,12 @@ def learn(is_control: bool, config: DistillConfig, work: Path, arguments: argpar
     pack = read_pack(work / "pack")
     autoencoder = load_autoencoder(work / "autoencoder", pack.header.tokenizer_sha256)
     chunk = autoencoder.config.chunk_tokens
-    student = LatentStudent(config.latent, autoencoder, config.pack.sequence_tokens // chunk)
+    log_shares_V = torch.from_numpy(pack.train.log_shares(pack.header.vocab_size))
+    student = LatentStudent(config.latent, autoencoder, config.pack.sequence_tokens // chunk, log_shares_V)
     objective = LatentObjective(config.latent, config.loss, chunk)
     trainer = Trainer(student, shuffled(pack) if is_control else pack, DataOnly(), objective, config.train, {})
-    numbers = range(min(arguments.validation_sequences, len(pack.validation)))
+    # Of all held-out files, and not of the first.
+    numbers = np.random.default_rng(1).permutation(len(pack.validation))[: arguments.validation_sequences].tolist()
     looks: list[LatentEvaluation] = []
 
     def look() -> None:

@@ -234,8 +234,8 @@ class LatentConfig(Settings):
     )
     latent_weight: float = Field(1.0, ge=0, description="Weight of the energy loss.")
     ce_weight: float = Field(0.0, ge=0, description="Weight of the cross entropy of decoded samples.")
-    ce_chunks: int = Field(
-        128, ge=1, description="Chunks of a forward pass, drawn anew each time, that stand for all in it."
+    ce_negatives: int = Field(
+        2048, ge=1, description="Tokens drawn in a pass to stand for those that its text has not; at most all."
     )
     kd_weight: float = Field(
         0.0, ge=0, description="Weight of the divergence to the teacher, on first tokens of chunks."

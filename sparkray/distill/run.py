@@ -308,7 +308,8 @@ def train_latent(
         )
     torch.manual_seed(config.train.seed)
     max_chunks = pack.header.sequence_tokens // chunk
-    student = LatentStudent(config.latent, autoencoder, max_chunks).to(device)
+    log_shares_V = torch.from_numpy(pack.train.log_shares(pack.header.vocab_size))
+    student = LatentStudent(config.latent, autoencoder, max_chunks, log_shares_V).to(device)
     supervision = DataOnly() if store_folder is None else FromStore(LogitStore(store_folder, pack).__getitem__)
     validation = list(range(min(config.train.validation_sequences, len(pack.validation))))
 

@@ -20,6 +20,7 @@ from sparkray.distill.students.autoencoder import ChunkAutoencoder, Posterior
 from sparkray.distill.students.brier import brier_lm, brier_scores
 from sparkray.distill.students.energy import energy_loss
 from sparkray.distill.students.latent import LatentStudent, choose_chunk, draw_tokens
+from sparkray.distill.students.sampled_softmax import sampled_cross_entropy
 from sparkray.distill.targets import scores_from_logits
 from sparkray.distill.training.autoencoder import (
     aligned_chunks,
@@ -213,7 +214,7 @@ def test_the_teachers_part_is_the_first_token_of_each_later_chunk(autoencoder: C
     posterior = model.autoencoder.encode(ids_BCK.reshape(16, CHUNK))
     torch.randn((SHAPE.num_targets, *posterior.mean.shape))
     drawn_SNZ = model.sample(model(ids_BCK)[:, :-1].reshape(16, -1), 5)
-    mean_NV = model.autoencoder.decode(drawn_SNZ)[..., 0, :].softmax(-1).mean(0).reshape(2, 8, -1)
+    mean_NV = model.logits(drawn_SNZ)[..., 0, :].softmax(-1).mean(0).reshape(2, 8, -1)
     expected = 0.0
     for sequence in range(2):
         for chunk in range(1, 8):
@@ -222,24 +223,45 @@ def test_the_teachers_part_is_the_first_token_of_each_later_chunk(autoencoder: C
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_some_chunks_stand_for_all_in_the_cross_entropy(autoencoder: ChunkAutoencoder) -> None:
-    model = student(autoencoder)
+def test_some_tokens_stand_for_the_vocabulary_in_the_cross_entropy() -> None:
+    """Exact with all tokens; with some, what is under the logarithm is right on average over the draws."""
+    generator = torch.Generator().manual_seed(0)
+    states_NH, weight_VH, bias_V = (torch.randn(shape, generator=generator) for shape in ((3, 8), (400, 8), (400,)))
+    ids_N = torch.tensor([7, 399, 7])
+    logits_NV = states_NH @ weight_VH.T + bias_V
+    sums_N = logits_NV.exp().sum(-1)
+    exact_N = sums_N.log() - logits_NV[torch.arange(3), ids_N]
+    torch.testing.assert_close(sampled_cross_entropy(states_NH, weight_VH, bias_V, ids_N, 398), exact_N)
+    torch.manual_seed(3)
+    drawn_DN = torch.stack([sampled_cross_entropy(states_NH, weight_VH, bias_V, ids_N, 100) for _ in range(400)])
+    found_DN = (drawn_DN + logits_NV[torch.arange(3), ids_N]).exp() / sums_N
+    error = found_DN.std(0) / 400**0.5
+    assert (error > 1e-4).all(), "a draw of a quarter differs from draw to draw"
+    assert ((found_DN.mean(0) - 1).abs() < 4 * error).all()
+
+
+def test_the_cross_entropy_is_over_the_decodings_of_a_sample(autoencoder: ChunkAutoencoder) -> None:
+    torch.manual_seed(0)
+    data = sequences(NOISE[:2])
+    model = LatentStudent(SHAPE, autoencoder, 8, torch.from_numpy(data.log_shares(VOCAB_SIZE)))
     # Without noise a sample hangs on the text alone.
     model.noise.weight.data.zero_()
-    data = sequences(NOISE[:2])
-
-    def on_data(num_chunks: int) -> float:
-        shape = SHAPE.model_copy(update={"latent_weight": 0.0, "ce_weight": 1.0, "ce_chunks": num_chunks})
-        return LatentObjective(shape, LossConfig(), CHUNK).losses(model, data, [0, 1], None, CPU).total.item()
-
+    shape = SHAPE.model_copy(update={"latent_weight": 0.0, "ce_weight": 1.0})
+    found = LatentObjective(shape, LossConfig(), CHUNK).losses(model, data, [0, 1], None, CPU).total.item()
     ids_BCK = torch.from_numpy(NOISE[:2].astype(np.int64)).reshape(2, 8, CHUNK)
-    logits_BCKV = model.autoencoder.decode(model.sample(model(ids_BCK)[:, :-1], 2)[0])
+    codes = autoencoder.decode(model.sample(model(ids_BCK)[:, :-1], 2)[0])
+    logits_BCKV = codes * np.exp(-1) + model.log_shares_V
     by_hand = -logits_BCKV.log_softmax(-1).gather(-1, ids_BCK[..., None]).sum().item()
-    assert on_data(16) == pytest.approx(by_hand, rel=1e-5)
-    torch.manual_seed(3)
-    parts = [on_data(4) for _ in range(150)]
-    assert np.std(parts) > 0.01 * by_hand
-    assert np.mean(parts) == pytest.approx(by_hand, rel=4 * np.std(parts) / by_hand / 150**0.5)
+    assert found == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_shares_are_counted_over_text_and_not_over_filling() -> None:
+    data = Sequences(
+        np.array([[1, 1, 1, 2], [2, 0, 0, 0]], np.int32), np.array([[0, 0, 0, 0], [0, -1, -1, -1]], np.int32)
+    )
+    # A twentieth of a time is added to each: 5 + 4 / 20 in all.
+    expected = np.log(np.array([0.05, 3.05, 2.05, 0.05]) / 5.2)
+    np.testing.assert_allclose(data.log_shares(4), expected, rtol=1e-6)
 
 
 def test_tokens_are_drawn_as_often_as_the_decoder_says(autoencoder: ChunkAutoencoder) -> None:
@@ -253,7 +275,7 @@ def test_tokens_are_drawn_as_often_as_the_decoder_says(autoencoder: ChunkAutoenc
     hidden_1H = torch.zeros(1, SHAPE.hidden_size)
     first_S = model.sample_chunks(hidden_1H, 6000, generator)[:, 0, 0]
     # The chance of a token is the mean of its probabilities over the vectors.
-    expected_V = model.autoencoder.decode(model.sample(hidden_1H, 6000, generator))[:, 0, 0].softmax(-1).mean(0)
+    expected_V = model.logits(model.sample(hidden_1H, 6000, generator))[:, 0, 0].softmax(-1).mean(0)
     assert (first_S.bincount(minlength=VOCAB_SIZE) / 6000).tolist() == pytest.approx(expected_V.tolist(), abs=0.03)
 
 

@@ -26,6 +26,7 @@ from sparkray.errors import InputError, NotFoundError
 
 _HEADER = "pack.json"
 _PARTS = ("train", "validation")
+_ADDED_COUNT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,12 @@ class Sequences:
     def tokens(self, sequence: int) -> list[int]:
         """The tokens of a sequence, without filling."""
         return [int(token) for token in self.ids_ST[sequence, : (self.documents_ST[sequence] >= 0).sum()]]
+
+    def log_shares(self, vocab_size: int) -> NDArray[np.float32]:
+        """Logarithm of each token's share of the text, (V,); a twentieth of a time is added to each count."""
+        counts_V = np.bincount(self.ids_ST[self.documents_ST >= 0], minlength=vocab_size) + _ADDED_COUNT
+        shares: NDArray[np.float32] = np.log(counts_V / counts_V.sum()).astype(np.float32)
+        return shares
 
     def row_mask(self, sequence: int) -> NDArray[np.bool_]:
         """True where a row predicts a token of its own document, (T - 1,)."""

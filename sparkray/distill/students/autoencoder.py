@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkray.config.distill import AutoencoderConfig
+from sparkray.distill.students.sampled_softmax import standing_for
 
 # A fifth of the spread of the means: noise that a fresh code bears.
 _FIRST_LOG_VARIANCE = -3.0
@@ -109,7 +110,14 @@ class ChunkAutoencoder(nn.Module):
 
     def decode(self, latents_NZ: Tensor) -> Tensor:
         """Logits of the chunk's tokens, (..., K, V)."""
-        return nn.functional.linear(self._decoded(latents_NZ), self.embedding.weight)
+        return nn.functional.linear(self.decoded(latents_NZ), self.embedding.weight)
+
+    def decoded(self, latents_NZ: Tensor) -> Tensor:
+        """States of the chunk's tokens, (..., K, H), which the embedding turns into logits."""
+        chunk_NH = self.decode_chunk(self.open(latents_NZ))
+        tokens_NKH = self.expand(chunk_NH).unflatten(-1, (self.config.chunk_tokens, self.config.hidden_size))
+        decoded: Tensor = self.decode_tokens(tokens_NKH)
+        return decoded
 
     def loss(self, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimised, and the cross entropy of a token, both in nats.
@@ -121,27 +129,15 @@ class ChunkAutoencoder(nn.Module):
         """
         posterior = self.encode(ids_NK)
         latents_NZ = nn.functional.dropout(posterior.sample(), self.config.dropout, self.training)
-        cross_entropy = self._cross_entropy(self._decoded(latents_NZ).flatten(0, 1), ids_NK.flatten())
+        cross_entropy = self._cross_entropy(self.decoded(latents_NZ).flatten(0, 1), ids_NK.flatten())
         divergence = posterior.kl().clamp_min(self.config.kl_floor).sum(-1).mean()
         total: Tensor = self.config.chunk_tokens * cross_entropy + self.config.kl_weight * divergence
         return total, cross_entropy.detach()
 
-    def _decoded(self, latents_NZ: Tensor) -> Tensor:
-        chunk_NH = self.decode_chunk(self.open(latents_NZ))
-        tokens_NKH = self.expand(chunk_NH).unflatten(-1, (self.config.chunk_tokens, self.config.hidden_size))
-        decoded: Tensor = self.decode_tokens(tokens_NKH)
-        return decoded
-
     def _cross_entropy(self, decoded_NH: Tensor, ids_N: Tensor) -> Tensor:
-        vocab_size = self.embedding.num_embeddings
-        is_own_V = torch.bincount(ids_N, minlength=vocab_size) > 0
-        own_C = is_own_V.nonzero()[:, 0]
-        if vocab_size - len(own_C) <= self.config.num_negatives:
-            return nn.functional.cross_entropy(nn.functional.linear(decoded_NH, self.embedding.weight), ids_N)
-        drawn = torch.randint(vocab_size, (self.config.num_negatives,), device=ids_N.device)
-        drawn = drawn[~is_own_V[drawn]]
-        logits = nn.functional.linear(decoded_NH, self.embedding(torch.cat([own_C, drawn])))
-        return nn.functional.cross_entropy(logits, torch.searchsorted(own_C, ids_N))
+        standing = standing_for(ids_N, self.embedding.num_embeddings, self.config.num_negatives)
+        logits_NC = nn.functional.linear(decoded_NH, self.embedding(standing.ids_C))
+        return nn.functional.cross_entropy(logits_NC, standing.places(ids_N))
 
     @torch.no_grad()
     def exact_match(self, ids_NK: Tensor) -> float:

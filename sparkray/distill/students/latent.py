@@ -22,6 +22,10 @@ from torch import Tensor, nn
 
 from sparkray.config.distill import LatentConfig
 from sparkray.distill.students.autoencoder import Block, ChunkAutoencoder
+from sparkray.distill.students.sampled_softmax import sampled_cross_entropy
+
+# Vectors say little at first, so at first the shares decide: a third of the decoder's logits, and it is learnt.
+_FIRST_LOG_SCALE = -1.0
 
 
 class LatentStudent(nn.Module):
@@ -31,9 +35,18 @@ class LatentStudent(nn.Module):
         config: sizes.
         autoencoder: trained; its weights stay as they are.
         max_chunks: longest sequence.
+        log_shares_V: logarithm of each token's share of the text; all alike where it is not given.
     """
 
-    def __init__(self, config: LatentConfig, autoencoder: ChunkAutoencoder, max_chunks: int) -> None:
+    log_shares_V: Tensor
+
+    def __init__(
+        self,
+        config: LatentConfig,
+        autoencoder: ChunkAutoencoder,
+        max_chunks: int,
+        log_shares_V: Tensor | None = None,
+    ) -> None:
         from transformers import LlamaConfig, LlamaModel
 
         super().__init__()
@@ -59,6 +72,8 @@ class LatentStudent(nn.Module):
             )
         )
         self.noise = nn.Linear(config.noise_size, width)
+        self.register_buffer("log_shares_V", torch.zeros(vocab_size) if log_shares_V is None else log_shares_V)
+        self.log_scale = nn.Parameter(torch.tensor(_FIRST_LOG_SCALE))
         self.head = nn.Sequential(Block(width), Block(width), nn.RMSNorm(width), nn.Linear(width, latent))
 
     def forward(self, ids_BCK: Tensor) -> Tensor:
@@ -83,8 +98,29 @@ class LatentStudent(nn.Module):
         A student that learnt with the cross entropy writes vectors between the codes, whose decodings are uncertain and
         meant so; it draws from them. One that learnt the energy score alone writes codes, and takes the likeliest.
         """
-        logits = self.autoencoder.decode(self.sample(hidden, num_samples, generator))
-        return logits.argmax(-1) if self.config.token_choice == "likeliest" else draw_tokens(logits, generator)
+        latents = self.sample(hidden, num_samples, generator)
+        if self.config.token_choice == "likeliest":
+            return self.autoencoder.decode(latents).argmax(-1)
+        return draw_tokens(self.logits(latents), generator)
+
+    def logits(self, latents: Tensor) -> Tensor:
+        """Of the tokens of drawn vectors, (..., K, V).
+
+        The autoencoder knows which token a vector is of, and on purpose not which tokens are frequent; a vector that
+        is between codes leaves that open, and the shares of the text answer.
+        """
+        return self.autoencoder.decode(latents) * self.log_scale.exp() + self.log_shares_V
+
+    def cross_entropy(self, latents_NZ: Tensor, chunks_NK: Tensor) -> Tensor:
+        """Of the chunks' tokens given drawn vectors, (N, K), in nats, over `ce_negatives` tokens for the vocabulary."""
+        states_NKH = self.autoencoder.decoded(latents_NZ) * self.log_scale.exp()
+        return sampled_cross_entropy(
+            states_NKH.flatten(0, 1),
+            self.autoencoder.embedding.weight,
+            self.log_shares_V,
+            chunks_NK.flatten(),
+            self.config.ce_negatives,
+        ).view_as(chunks_NK)
 
     @torch.no_grad()
     def generate(

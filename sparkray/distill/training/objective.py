@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sparkray.config.distill import LatentConfig, LossConfig
 from sparkray.distill.data.pack import Sequences
@@ -102,11 +101,7 @@ class LatentObjective:
         energy = energy_loss(samples_SNZ, targets_MNZ, self.config.exponent).sum()
         on_data, taught = torch.zeros_like(energy), torch.zeros_like(energy)
         if self.config.ce_weight:
-            # Decoding over the vocabulary is most of a step; some of the chunks give the same gradient in expectation.
-            chosen_R = torch.randperm(len(chunks_NK))[: self.config.ce_chunks].to(device)
-            logits_RKV = student.autoencoder.decode(samples_SNZ[0, chosen_R])
-            per_token = cross_entropy(logits_RKV.flatten(0, 1), chunks_NK[chosen_R].flatten())
-            on_data = per_token * chunks_NK.numel()
+            on_data = student.cross_entropy(samples_SNZ[0], chunks_NK).sum()
         if self.config.kd_weight and scores is not None:
             taught = self._taught(student, samples_SNZ, whole_BC, scores)
         total = self.config.latent_weight * energy + self.config.ce_weight * on_data + self.config.kd_weight * taught
@@ -123,7 +118,7 @@ class LatentObjective:
             if chunk:
                 kept.append(position)
                 places.append(int(offsets[sequence]) + chunk * self.chunk_tokens - 1)
-        first_SNV = student.autoencoder.decode(samples_SNZ[:, kept])[..., 0, :].log_softmax(-1)
+        first_SNV = student.logits(samples_SNZ[:, kept])[..., 0, :].log_softmax(-1)
         mean_NV = first_SNV.logsumexp(0) - np.log(samples_SNZ.shape[0])
         return distillation_loss(mean_NV, rows.select(torch.tensor(places)).to(mean_NV.device), self.loss).sum()
 
