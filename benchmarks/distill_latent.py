@@ -1,9 +1,10 @@
 """What the latent pair reaches on real text: `python benchmarks/distill_latent.py --json`.
 
 An autoencoder over chunks of four tokens of the embedded model's tokenizer, then a latent student over it, both on
-the sources of Python's standard library. Measured on held-out documents: the share of chunks that come back whole, and BrierLM before
-training, on the way and after it. The control learns the same chunks in an order without meaning, so that the rest of a
-text says nothing about a chunk but how frequent it is. `samples` are continuations at temperature 1/4.
+the sources of Python's standard library. Measured on held-out files: the share of chunks that come back whole, and
+BrierLM before training, on the way and after it. The control learns the same chunks in an order without meaning, so
+that the rest of a text says nothing about a chunk but how frequent it is. `samples` are continuations at
+temperature 1/4.
 """
 
 from __future__ import annotations

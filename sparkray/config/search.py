@@ -11,6 +11,9 @@ from sparkray.config.base import Settings
 PolicyName = Literal["certified", "full", "adaptive_consistency", "esc", "deepconf_offline", "deepconf_online", "metis"]
 AnswerKindName = Literal["auto", "number", "choice", "code", "text", "math"]
 
+# The most careful level that saves 60 % of the tokens on the calibration questions of the packaged profile.
+DEFAULT_RISK = 0.0225
+
 
 class MetisPolicyConfig(Settings):
     """The knobs of METIS's own parallel search."""
@@ -45,7 +48,9 @@ class SearchConfig(Settings):
     profile: str | None = Field(None, description="File of a calibrated profile, or `packaged`; for `certified`.")
     task: str | None = Field(None, description="The task the question belongs to; checked against the profile.")
     alpha: float = Field(0.05, gt=0, lt=1, description="certified: P(prune a path whose answer is right) at most.")
-    risk: float = Field(0.05, gt=0, lt=1, description="certified: P(stopping early costs a right answer) at most.")
+    risk: float = Field(
+        DEFAULT_RISK, gt=0, lt=1, description="certified: P(stopping early costs a right answer) at most."
+    )
     wave: int = Field(4, ge=1, le=64, description="Paths launched together, where the policy works in waves.")
     certainty: float = Field(0.95, gt=0.5, lt=1, description="adaptive_consistency: stop at this certainty.")
     window: int = Field(5, ge=1, description="esc: paths in a window.")

@@ -26,7 +26,7 @@ from sparkray.search.scorer import Example, PathScorer, fit_scorer
 from sparkray.search.trajectories import JudgedQuestion, Trajectory, judge, trajectories
 
 ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2)
-RISKS = (0.02, 0.03, 0.05, 0.1)
+RISKS = (*(round(0.0025 * step, 4) for step in range(4, 13)), 0.04, 0.05, 0.1)
 # Candidates run from careful to bold on fixed grids: they must not be chosen by looking at the questions.
 _PRUNE_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
 _STOP_GRID = tuple(float(value) for value in np.geomspace(1e-4, 0.6, 120))
@@ -137,7 +137,7 @@ def false_prune_losses(scorer: PathScorer, questions: Sequence[RecordedQuestion]
 
 def _examples(questions: Sequence[RecordedQuestion]) -> list[Example]:
     return [
-        Example(path.signals, correct, path.answer is not None, 1 / len(question.paths))
+        Example(path.signals, correct, path.answer is not None, 1 / len(question.paths), question.task)
         for question in questions
         for path, correct in zip(question.paths, question.correct, strict=True)
         if path.num_tokens

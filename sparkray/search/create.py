@@ -55,7 +55,7 @@ def create_policy(config: SearchConfig, profile: SearchProfile | None = None) ->
         case "certified":
             if profile is None:
                 raise InputError("the policy 'certified' needs a calibrated profile.", param="profile")
-            return profile.policy(config.alpha, config.risk, config.wave)
+            return profile.policy(config.alpha, config.risk, config.wave, config.task)
         case "adaptive_consistency":
             return AdaptiveConsistency(config.certainty, config.wave)
         case "esc":

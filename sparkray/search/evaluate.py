@@ -17,6 +17,9 @@ from sparkray.search.replay import replay, shuffled_orders
 NUM_BOOTSTRAP = 4000
 PerQuestion = NDArray[np.float64]
 
+PolicyOfTask = Mapping[str, Policy]
+"""A policy that is set up for each task; by the tasks' names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
@@ -60,11 +63,14 @@ class PolicyFigures:
     paths: float
 
 
-def run_policy(policy: Policy, questions: Sequence[RecordedQuestion], num_orders: int = 8, seed: int = 0) -> Runs:
+def run_policy(
+    policy: Policy | PolicyOfTask, questions: Sequence[RecordedQuestion], num_orders: int = 8, seed: int = 0
+) -> Runs:
     """Replay `policy` on every question in the same `num_orders` orders that every other policy gets."""
     rows = []
     for question in questions:
-        outcomes = [replay(policy, question.paths, order) for order in shuffled_orders(question, num_orders, seed)]
+        chosen = policy[question.task] if isinstance(policy, Mapping) else policy
+        outcomes = [replay(chosen, question.paths, order) for order in shuffled_orders(question, num_orders, seed)]
         rows.append(
             [
                 np.mean([question.is_right(outcome.result.key) for outcome in outcomes]),
@@ -77,7 +83,10 @@ def run_policy(policy: Policy, questions: Sequence[RecordedQuestion], num_orders
 
 
 def compare(
-    policies: Mapping[str, Policy], questions: Sequence[RecordedQuestion], num_orders: int = 8, seed: int = 0
+    policies: Mapping[str, Policy | PolicyOfTask],
+    questions: Sequence[RecordedQuestion],
+    num_orders: int = 8,
+    seed: int = 0,
 ) -> dict[str, PolicyFigures]:
     """Figures of each policy and of `full`, over the same questions and orders.
 

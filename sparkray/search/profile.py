@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparkray.config.search import DEFAULT_RISK
 from sparkray.errors import InputError, NotFoundError
 from sparkray.search.logistic import Logistic, logistic_from_dict, logistic_to_dict
 from sparkray.search.policies.certified import Certified
@@ -15,7 +16,7 @@ from sparkray.search.scorer import PathScorer, scorer_from_dict, scorer_to_dict
 from sparkray.search.stopping import STATE_FEATURES
 
 _FORMAT = "sparkray-search-profile"
-_VERSION = 1
+_VERSION = 2
 _TEMPERATURE_GAP = 0.05
 _PACKAGED = Path(__file__).parent / "profiles"
 
@@ -76,11 +77,13 @@ class SearchProfile:
                 param="profile",
             )
 
-    def policy(self, alpha: float = 0.05, risk: float = 0.05, wave: int = 4) -> Certified:
+    def policy(
+        self, alpha: float = 0.05, risk: float = DEFAULT_RISK, wave: int = 4, task: str | None = None
+    ) -> Certified:
         """The policy that prunes a right path with probability <= `alpha` and stops wrongly with <= `risk`.
 
         Of the calibrated levels the largest that is not above the one asked for is used; below the smallest, nothing
-        is pruned or stopped early.
+        is pruned or stopped early. `task` is that of the questions, where it is known.
 
         Raises:
             InputError: a level outside of (0, 1).
@@ -98,6 +101,7 @@ class SearchProfile:
             regret=self.regret if stop_below is not None else None,
             stop_below=stop_below or 0.0,
             wave=wave,
+            task=task,
         )
 
     def save(self, path: Path) -> None:

@@ -1,13 +1,14 @@
 """The probability that a path is right, from the signals of its tokens so far.
 
 A small logistic regression for each checkpoint (number of tokens written) and one for paths that ended, fitted on
-calibration questions whose answers are known.
+calibration questions whose answers are known. What tells a right end from a wrong one differs from task to task, so
+each task has a model of its ends; where the task is not known, one of all tasks speaks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ FEATURES = (
     "log_num_tokens",
 )
 _MIN_EXAMPLES = 30
+# The paths of one task are few questions' paths, much alike.
+_TASK_RIDGE = 5.0
 
 
 def path_features(signals: FloatArray) -> Features:
@@ -97,19 +100,22 @@ class PathScorer:
         checkpoints: numbers of tokens, rising, at which a running path is judged.
         running: one model for each checkpoint.
         ended: the model of paths that ended with an answer.
+        ended_of_task: the same for tasks that have one of their own.
     """
 
     checkpoints: tuple[int, ...]
     running: tuple[Logistic, ...]
     ended: Logistic
+    ended_of_task: Mapping[str, Logistic] = field(default_factory=dict)
 
     def at_checkpoint(self, signals: FloatArray, mark: int) -> float:
         """P(right) of a running path, judged when it had written `mark` tokens, which must be a checkpoint."""
         return self.running[self.checkpoints.index(mark)].probability(path_features(signals[:mark]))
 
-    def at_end(self, signals: FloatArray) -> float:
-        """P(right) of a path that ended with an answer."""
-        return self.ended.probability(path_features(signals))
+    def at_end(self, signals: FloatArray, task: str | None = None) -> float:
+        """P(right) of a path that ended with an answer, to a question of a task where that is known."""
+        model = self.ended if task is None else self.ended_of_task.get(task, self.ended)
+        return model.probability(path_features(signals))
 
     def least_so_far(self, signals: FloatArray) -> float:
         """The least P(right) at any checkpoint that a path passed while running; 1 where it passed none."""
@@ -125,6 +131,7 @@ class Example:
     correct: bool
     has_answer: bool
     weight: float = 1.0
+    task: str | None = None
 
 
 def fit_scorer(examples: Sequence[Example], checkpoints: Sequence[int]) -> PathScorer:
@@ -147,7 +154,16 @@ def fit_scorer(examples: Sequence[Example], checkpoints: Sequence[int]) -> PathS
         if _is_learnable(reached):
             marks.append(mark)
             models.append(_fit(reached, mark))
-    return PathScorer(tuple(marks), tuple(models), _fit(ended, None))
+    of_task = {
+        task: [example for example in ended if example.task == task]
+        for task in sorted({example.task for example in ended if example.task is not None})
+    }
+    return PathScorer(
+        tuple(marks),
+        tuple(models),
+        _fit(ended, None),
+        {task: _fit(own, None, _TASK_RIDGE) for task, own in of_task.items() if _is_learnable(own)},
+    )
 
 
 def scorer_to_dict(scorer: PathScorer) -> dict[str, Any]:
@@ -157,6 +173,7 @@ def scorer_to_dict(scorer: PathScorer) -> dict[str, Any]:
         "checkpoints": list(scorer.checkpoints),
         "running": [logistic_to_dict(model) for model in scorer.running],
         "ended": logistic_to_dict(scorer.ended),
+        "ended_of_task": {task: logistic_to_dict(model) for task, model in scorer.ended_of_task.items()},
     }
 
 
@@ -168,6 +185,7 @@ def scorer_from_dict(data: Mapping[str, Any]) -> PathScorer:
         tuple(int(mark) for mark in data["checkpoints"]),
         tuple(logistic_from_dict(model, len(FEATURES)) for model in data["running"]),
         logistic_from_dict(data["ended"], len(FEATURES)),
+        {task: logistic_from_dict(model, len(FEATURES)) for task, model in data["ended_of_task"].items()},
     )
 
 
@@ -176,9 +194,10 @@ def _is_learnable(examples: Sequence[Example]) -> bool:
     return len(examples) >= _MIN_EXAMPLES and 0 < num_right < len(examples)
 
 
-def _fit(examples: Sequence[Example], num_tokens: int | None) -> Logistic:
+def _fit(examples: Sequence[Example], num_tokens: int | None, ridge: float = 1.0) -> Logistic:
     return fit_logistic(
         np.stack([path_features(example.signals[:num_tokens]) for example in examples]),
         np.array([example.correct for example in examples]),
         np.array([example.weight for example in examples]),
+        ridge,
     )

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from sparkray.config.search import DEFAULT_RISK
 from sparkray.errors import InputError
 from sparkray.search.calibration import false_prune_losses
-from sparkray.search.evaluate import PolicyFigures, bootstrap_resamples, compare
+from sparkray.search.evaluate import PolicyFigures, PolicyOfTask, bootstrap_resamples, compare
 from sparkray.search.policies import (
     AdaptiveConsistency,
     DeepConfOffline,
@@ -89,7 +90,7 @@ def compare_all(
     *,
     split: str = "held_out",
     alpha: float = 0.05,
-    risk: float | None = None,
+    risk: float = DEFAULT_RISK,
     num_orders: int = 8,
     seed: int = 0,
 ) -> Comparison:
@@ -105,13 +106,17 @@ def compare_all(
             f"the recording has no questions of the split {split!r} in the profile's tasks "
             f"({', '.join(profile.tasks)}); it has the tasks {', '.join(recording.tasks) or 'none'}."
         )
-    policies = {**rivals(), OURS: profile.policy(alpha) if risk is None else profile.policy(alpha, risk)}
+    tasks = sorted({question.task for question in questions})
+    policies: dict[str, Policy | PolicyOfTask] = {
+        **rivals(),
+        OURS: {task: profile.policy(alpha, risk, task=task) for task in tasks},
+    }
     return Comparison(
         figures=compare(policies, questions, num_orders, seed),
         false_pruning=tuple(false_pruning(profile, questions, level, seed) for level in ALPHAS),
         num_questions=len(questions),
         num_paths=recording.info.num_paths,
-        tasks=tuple(sorted({question.task for question in questions})),
+        tasks=tuple(tasks),
     )
 
 

@@ -67,7 +67,7 @@ def judge(scorer: PathScorer, question: RecordedQuestion, *, num_orders: int, se
         question,
         tuple(orders),
         tuple(question.is_right(replay(Full(), question.paths, order).result.key) for order in orders),
-        tuple(scorer.at_end(signals) if len(signals) else 0.0 for signals in written),
+        tuple(scorer.at_end(signals, question.task) if len(signals) else 0.0 for signals in written),
         tuple(
             {mark: scorer.at_checkpoint(signals, mark) for mark in scorer.checkpoints if mark <= len(signals)}
             for signals in written

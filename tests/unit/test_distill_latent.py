@@ -80,6 +80,20 @@ def test_the_autoencoder_returns_chunks_that_it_never_saw(autoencoder: ChunkAuto
     assert untrained.exact_match(every) < 0.6
 
 
+def test_held_out_text_of_any_length_is_matched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """38,000 chunks of a vocabulary of 49,152 at once asked for 30 gigabytes of logits."""
+    model = ChunkAutoencoder(SMALL, VOCAB_SIZE)
+    sizes = []
+
+    def all_zero_but_for_the_last_part(latents_NZ: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(latents_NZ))
+        return torch.eye(VOCAB_SIZE)[int(len(latents_NZ) != 256)].expand(len(latents_NZ), CHUNK, VOCAB_SIZE)
+
+    monkeypatch.setattr(model, "decode", all_zero_but_for_the_last_part)
+    assert model.exact_match(torch.zeros((2 * 256 + 88, CHUNK), dtype=torch.int64)) == 512 / 600
+    assert sizes == [256, 256, 88]
+
+
 def test_training_begins_from_a_code_that_tells_chunks_apart() -> None:
     torch.manual_seed(0)
     wide = SMALL.model_copy(update={"chunk_tokens": 4, "hidden_size": 128, "latent_size": 128})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path as FilePath
 
@@ -24,7 +25,7 @@ from sparkray.search.logistic import fit_logistic
 from sparkray.search.policies import AdaptiveConsistency, Full
 from sparkray.search.profile import SearchProfile, load_profile
 from sparkray.search.replay import shuffled_orders
-from sparkray.search.scorer import Example, fit_scorer
+from sparkray.search.scorer import Example, fit_scorer, scorer_from_dict, scorer_to_dict
 from sparkray.search.trajectories import Moment, Trajectory
 
 OPTIONS = CalibrationOptions(checkpoints=(4, 8, 16), num_orders=2)
@@ -54,6 +55,32 @@ def test_weights_of_examples_count_as_copies() -> None:
     # Standardisation looks at the examples and not at their weights, so probabilities are compared and not weights.
     weighted = fit_logistic(features, target, np.array([3.0, 1.0, 1.0, 1.0]), ridge=1.0)
     assert weighted.probability(np.array([0.0])) == pytest.approx(once.probability(np.array([0.0])), abs=0.1)
+
+
+def test_each_task_has_its_own_model_of_ends() -> None:
+    """In one task calm paths are right and in the other excited ones; together they tell nothing."""
+    draw = np.random.default_rng(0)
+    examples = []
+    for number in range(400):
+        right, task = bool(draw.random() < 0.5), ("calm", "excited")[number % 2]
+        entropy = 1 + draw.standard_normal() * 0.5 + (1 if right == (task == "excited") else -1)
+        examples.append(Example(path("a", 6, entropy=entropy).signals, right, True, task=task))
+    rare = [Example(path("a", 6).signals, True, True, task="rare")] * 5
+    scorer = scorer_from_dict(json.loads(json.dumps(scorer_to_dict(fit_scorer(examples + rare, (4,))))))
+    low, high = path("a", 6, entropy=0.0).signals, path("a", 6, entropy=2.0).signals
+    assert scorer.at_end(low, "calm") > 0.9 > 0.1 > scorer.at_end(high, "calm")
+    assert scorer.at_end(high, "excited") > 0.9 > 0.1 > scorer.at_end(low, "excited")
+    # Five paths are too few for a model, and an unknown task has none: all tasks together speak.
+    assert scorer.at_end(low, "rare") == scorer.at_end(low, "unheard of") == scorer.at_end(low)
+    assert scorer.at_end(low) == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_policy_may_be_set_up_for_each_task() -> None:
+    questions = toy_questions(6, seed=8)
+    questions = [replace(one, task=("few", "many")[number % 2]) for number, one in enumerate(questions)]
+    runs = run_policy({"few": AdaptiveConsistency(0.6), "many": Full()}, questions, num_orders=1)
+    assert (runs.paths[1::2] == 16).all()
+    assert (runs.paths[::2] < 16).all()
 
 
 def test_false_pruning_on_unseen_questions_is_as_chosen(profile: SearchProfile) -> None:

@@ -146,6 +146,13 @@ def test_certified_locks_in_exactly() -> None:
     assert (outcome.num_paths, outcome.closed_by) == (5, "lock_in")
 
 
+def test_the_task_chooses_what_tells_a_right_end() -> None:
+    found = [path("calm", 4, entropy=0.0), path("excited", 4, entropy=2.0)]
+    scorer = PathScorer((2, 4), (by_entropy(), by_entropy()), by_entropy(), {"riddles": by_entropy(4.0)})
+    for task, key in ((None, "calm"), ("sums", "calm"), ("riddles", "excited")):
+        assert replay(Certified(scorer, task=task), found).result.key == key
+
+
 def test_all_paths_pruned_is_an_outcome() -> None:
     found = [path("a", 6, entropy=3.0) for _ in range(4)]
     outcome = replay(Certified(SCORER, prune_below=0.5), found)

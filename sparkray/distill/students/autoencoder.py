@@ -19,6 +19,7 @@ from sparkray.distill.students.sampled_softmax import standing_for
 
 # A fifth of the spread of the means: noise that a fresh code bears.
 _FIRST_LOG_VARIANCE = -3.0
+_MATCHED_CHUNKS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,10 @@ class ChunkAutoencoder(nn.Module):
         """Share of chunks that come back whole from a sample of their posterior."""
         was_training = self.training
         self.eval()
-        found_NK = self.decode(self.encode(ids_NK).sample()).argmax(-1)
+        num_whole = 0
+        # Logits of all held-out chunks at once are tens of gigabytes.
+        for some_NK in ids_NK.split(_MATCHED_CHUNKS):
+            found_NK = self.decode(self.encode(some_NK).sample()).argmax(-1)
+            num_whole += int((found_NK == some_NK).all(-1).sum())
         self.train(was_training)
-        return (found_NK == ids_NK).all(-1).float().mean().item()
+        return num_whole / len(ids_NK)

@@ -34,6 +34,7 @@ class Certified:
         regret: estimates what stopping now costs, from `STATE_FEATURES`; None leaves the exact certificate alone.
         stop_below: the search closes when that estimate is below this.
         wave: paths launched together.
+        task: of the questions, where it is known; it chooses the scorer's model of ends.
     """
 
     scorer: PathScorer
@@ -41,6 +42,7 @@ class Certified:
     regret: Logistic | None = None
     stop_below: float = 0.0
     wave: int = 4
+    task: str | None = None
     name: str = "certified"
 
     def start(self, max_paths: int) -> CertifiedRun:
@@ -91,7 +93,7 @@ class CertifiedRun(MajorityRun):
 
     def at_end(self, lane: Lane) -> float:
         """P(right) of a lane that ended with an answer."""
-        return self._policy.scorer.at_end(lane.signals)
+        return self._policy.scorer.at_end(lane.signals, self._policy.task)
 
     def at_checkpoint(self, lane: Lane, mark: int) -> float:
         """P(right) of a lane when it had written `mark` tokens."""
