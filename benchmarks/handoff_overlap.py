@@ -47,7 +47,7 @@ from sparkray.handoff.netns import DECODE_ADDRESS, Cable
 from sparkray.handoff.plan import ETHERNET_SHARE, GIGABIT, Work, handoff_times
 from sparkray.handoff.rows import KvGeometry
 from sparkray.handoff.sender import RowSender, RowSlice
-from sparkray.handoff.tcp import Connection, connect, listen
+from sparkray.handoff.tcp import Connection, connect, listen, set_up_sending
 from sparkray.handoff.wire import FrameKind
 
 # Llama-3.1-8B: 131,072 bytes a token.
@@ -136,7 +136,7 @@ def send_plainly(num_bytes: int) -> float:
     """Seconds that a bare socket takes."""
     data = memoryview(secrets.token_bytes(1 << 20))
     with socket.create_connection((DECODE_ADDRESS, PORT + 1), timeout=60) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK.socket_buffer_bytes)
+        set_up_sending(sock, LINK)
         began = time.monotonic()
         for first in range(0, num_bytes, len(data)):
             sock.sendall(data[: num_bytes - first])

@@ -41,6 +41,9 @@ class LinkConfig(Settings):
     retries: int = Field(5, ge=0, le=100, description="Times that a broken connection is made again.")
     retry_delay_seconds: float = Field(0.5, ge=0, le=60, description="First pause before that; it doubles.")
     socket_buffer_bytes: int = Field(4 * MIB, ge=4096, le=256 * MIB, description="Send and receive buffer.")
+    congestion_control: Literal["cubic", "reno", "bbr", "system"] = Field(
+        "cubic", description="Linux: how the sending side finds its rate; bbr suits lossy lines, and costs a core."
+    )
     credit_bytes: int = Field(64 * MIB, ge=4096, description="Bytes that may be on the way unacknowledged.")
 
 

@@ -162,7 +162,7 @@ def connect(address: str, tls: TlsConfig | None, limits: WireLimits, link: LinkC
     host, port = split_address(address)
     try:
         sock = socket.create_connection((host, port), timeout=link.connect_timeout_seconds)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, link.socket_buffer_bytes)
+        set_up_sending(sock, link)
         if tls is not None:
             sock = tls_context(tls, server=False).wrap_socket(sock)
     except OSError as failure:
@@ -171,6 +171,14 @@ def connect(address: str, tls: TlsConfig | None, limits: WireLimits, link: LinkC
             hint="Start it there with: sparkray handoff decode --listen HOST:PORT.",
         ) from failure
     return Connection(sock, limits, link)
+
+
+def set_up_sending(sock: socket.socket, link: LinkConfig) -> None:
+    """Buffer and congestion control of a connected socket; one that the system does not have leaves it at its own."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, link.socket_buffer_bytes)
+    if link.congestion_control != "system" and hasattr(socket, "TCP_CONGESTION"):
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, link.congestion_control.encode())
 
 
 def listen(host: str, port: int, link: LinkConfig) -> socket.socket:

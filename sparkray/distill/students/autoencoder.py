@@ -147,7 +147,8 @@ class ChunkAutoencoder(nn.Module):
         self.eval()
         num_whole = 0
         # Logits of all held-out chunks at once are tens of gigabytes.
-        for some_NK in ids_NK.split(_MATCHED_CHUNKS):
+        for first in range(0, len(ids_NK), _MATCHED_CHUNKS):
+            some_NK = ids_NK[first : first + _MATCHED_CHUNKS]
             found_NK = self.decode(self.encode(some_NK).sample()).argmax(-1)
             num_whole += int((found_NK == some_NK).all(-1).sum())
         self.train(was_training)
