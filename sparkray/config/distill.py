@@ -230,10 +230,10 @@ class LatentConfig(Settings):
     num_targets: int = Field(32, ge=1, le=1024, description="Samples of the autoencoder's posterior in it.")
     exponent: float = Field(1.0, gt=0, lt=2, description="Power of the distance; below 2 the score is strictly proper.")
     token_choice: Literal["likeliest", "drawn"] = Field(
-        "likeliest", description="What a drawn vector becomes: its likeliest decoding, or one drawn from its decodings."
+        "drawn", description="What a drawn vector becomes: its likeliest decoding, or one drawn from its decodings."
     )
-    latent_weight: float = Field(1.0, ge=0, description="Weight of the energy loss.")
-    ce_weight: float = Field(0.0, ge=0, description="Weight of the cross entropy of decoded samples.")
+    latent_weight: float = Field(0.1, ge=0, description="Weight of the energy loss.")
+    ce_weight: float = Field(1.0, ge=0, description="Weight of the cross entropy of decoded samples.")
     ce_negatives: int = Field(
         2048, ge=1, description="Tokens drawn in a pass to stand for those that its text has not; at most all."
     )

@@ -37,7 +37,18 @@ CPU = torch.device("cpu")
 SMALL = AutoencoderConfig(
     chunk_tokens=CHUNK, latent_size=8, hidden_size=32, num_steps=400, batch_chunks=64, learning_rate=3e-3
 )
-SHAPE = LatentConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32, noise_size=8, num_targets=8)
+# The energy score alone, unless a test says otherwise.
+SHAPE = LatentConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=32,
+    noise_size=8,
+    num_targets=8,
+    latent_weight=1.0,
+    ce_weight=0.0,
+    token_choice="likeliest",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
