@@ -83,7 +83,8 @@ class SearchProfile:
         """The policy that prunes a right path with probability <= `alpha` and stops wrongly with <= `risk`.
 
         Of the calibrated levels the largest that is not above the one asked for is used; below the smallest, nothing
-        is pruned or stopped early. `task` is that of the questions, where it is known.
+        is pruned or stopped early. `task` is that of the questions, where it is known; without it the second promise
+        is not certified, as votes then weigh by a model of all tasks.
 
         Raises:
             InputError: a level outside of (0, 1).
